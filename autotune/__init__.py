@@ -1,0 +1,1 @@
+"""Per-GPU launch configurations of the kernels."""

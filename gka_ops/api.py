@@ -1,0 +1,207 @@
+"""The functions users call. Each validates its arguments, then calls one registered operator.
+
+Shapes use B batch, T tokens, H query heads, Hkv key/value heads (Hkv divides H; query head h reads key/value head
+h // (H / Hkv)), D key dimension, V value dimension, N sequences. Equation numbers are those of ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gka_ops import ops  # noqa: F401  (registers torch.ops.gka)
+from gka_ops import validation as check
+from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL
+from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl, Ridge
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def chunk_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    ridge: float | Ridge = DEFAULT_RIDGE,
+    num_iter: int | Literal["auto"] = "auto",
+    tol: float = DEFAULT_TOL,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    gate: DecayGate | None = None,
+    initial_state: GKAState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> GKAOutput:
+    r"""Gated KalmaNet attention over whole sequences: solve, mix and read out (MATH.md §1–2).
+
+    For every token, with k ← β k and v ← β v:
+
+        H_t = e^{g_t} H_{t-1} + k_t k_tᵀ,   U_t = e^{g_t} U_{t-1} + k_t v_tᵀ,   λ_t = r_t ‖H_t‖_F + b_t
+        x_t = (H_t + λ_t I)^{-1} q_t,   m_t = q_t + α_t (x_t − q_t),   o_t = scale · U_tᵀ m_t
+
+    Args:
+        q: queries [B, T, H, D]; bf16, fp16 or fp32, or fp64 (reference implementation only).
+        k: keys [B, T, Hkv, D], the dtype of q.
+        v: values [B, T, Hkv, V], the dtype of q.
+        log_decay: g [B, T, H], natural logarithm of the decay, ≤ 0; ``None`` means no decay. With ``gate`` it holds the
+            raw projection instead. Values below −120 act as −120 (e^-120 is 0 in fp32).
+        alpha: α [B, T, H] in [0, 1], how much of the solved query is used; ``None`` means 1.
+        beta: β [B, T, H] in [0, 1], the weight of a token's key and value; ``None`` means 1.
+        ridge: r as a float, or a :class:`Ridge` whose parts are floats or tensors [H] or [B, T, H] with gradients.
+        num_iter: Chebyshev operator applications n; ``"auto"`` takes the smallest n that guarantees ``tol``; 0 skips the
+            solve (m = q: plain gated linear attention, ``alpha`` has no effect). The backward solve makes a few more
+            (``numerics.BACKWARD_EXTRA_ITERATIONS``).
+        tol: relative truncation error of x that ``"auto"`` guarantees for any data.
+        scale: s; ``None`` means D^-0.5.
+        qk_l2norm: divide every query and key by max(‖·‖₂, 1e-6) first.
+        gate: with :class:`DecayGate`, g = −exp(A_log)·softplus(log_decay + dt_bias) is computed inside the kernels.
+        initial_state: (H_0, U_0) as fp32 [N, H, D, D] and [N, H, D, V]; H_0 must be symmetric positive semidefinite.
+        output_final_state: whether to return the state after the last token of every sequence.
+        cu_seqlens: int32 or int64 [N + 1], boundaries of N sequences packed along T (then B = 1), from 0 to T. An empty
+            sequence passes its state through.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
+
+    Returns:
+        ``GKAOutput(output, final_state)``: output [B, T, H, V] in the dtype of q.
+
+    Raises:
+        ValueError: a shape, device, or scalar value is not as above.
+        TypeError: a dtype or an argument type is not as above.
+
+    A NaN or infinity in a token reaches the outputs of its own chunk and of all later tokens of its sequence and head,
+    never another sequence or head. Rows with ‖H_t‖_F + λ_t ≤ 2^-40 (only zero keys so far) give x_t = 0, with zero gradient.
+    Gradients flow to every floating-point tensor argument; for ``initial_state.kk`` it is the symmetric gradient.
+    """
+    op = "chunk_gka"
+    check.check_qkv(op, q, k, v)
+    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    check.check_cu_seqlens(op, cu_seqlens, q)
+    check.check_flag(op, "qk_l2norm", qk_l2norm)
+    check.check_flag(op, "output_final_state", output_final_state)
+    check.check_backend(op, impl, q)
+    kk, kv = check.check_gka_state(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q, v)
+    saves = _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv)
+    output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(
+        q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, cu_seqlens,
+        r, b, count, check.resolve_scale(op, scale, q), qk_l2norm, output_final_state, saves, impl,
+    )  # fmt: skip
+    return GKAOutput(output, GKAState(final_kk, final_kv) if output_final_state else None)
+
+
+def chunk_solve(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    ridge: float | Ridge = DEFAULT_RIDGE,
+    num_iter: int | Literal["auto"] = "auto",
+    tol: float = DEFAULT_TOL,
+    qk_l2norm: bool = False,
+    gate: DecayGate | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> ChunkSolveOutput:
+    r"""The ridge-regression solve alone: x_t = (H_t + λ_t I)^{-1} q_t for every token (MATH.md §1–3).
+
+    Arguments are those of :func:`chunk_gka`, without values, α and scale. ``initial_state`` is H_0 [N, H, D, D]. With
+    ``num_iter=0`` x is q (normalised if ``qk_l2norm``).
+
+    Returns:
+        ``ChunkSolveOutput(x, final_state)``: x [B, T, H, D] in fp32 (fp64 for fp64 inputs), whatever the dtype of q: x may be
+        large outside the span of the keys, and rounding it to 16 bits destroys what a read-out sees of it. final_state is
+        H [N, H, D, D] after the last token, or ``None``.
+
+    Raises:
+        ValueError: a shape, device, or scalar value is not as documented.
+        TypeError: a dtype or an argument type is not as documented.
+    """
+    op = "chunk_solve"
+    check.check_qkv(op, q, k, None)
+    for name, tensor in (("log_decay", log_decay), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    check.check_cu_seqlens(op, cu_seqlens, q)
+    check.check_flag(op, "qk_l2norm", qk_l2norm)
+    check.check_flag(op, "output_final_state", output_final_state)
+    check.check_backend(op, impl, q)
+    check.check_kk(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q)
+    x, final_kk, _ = torch.ops.gka.chunk_solve(
+        q, k, log_decay, beta, r_tensor, b_tensor, A_log, dt_bias, initial_state, cu_seqlens,
+        r, b, count, qk_l2norm, output_final_state, impl,
+    )  # fmt: skip
+    return ChunkSolveOutput(x, final_kk if output_final_state else None)
+
+
+def recurrent_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    state: GKAState,
+    state_indices: Tensor | None = None,
+    ridge: float | Ridge = DEFAULT_RIDGE,
+    num_iter: int | Literal["auto"] = "auto",
+    tol: float = DEFAULT_TOL,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    gate: DecayGate | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Decode: advances ``state`` **in place** by the T given tokens of every sequence and returns their outputs.
+
+    Same arguments and equations as :func:`chunk_gka`, so that decoding continues what ``chunk_gka`` began; meant for T of
+    one or a few tokens. Not differentiable.
+
+    Args:
+        state: the pool of states, (kk [S, H, D, D], kv [S, H, D, V]), contiguous; fp32, or fp64 for fp64 inputs. The slots in
+            use are overwritten.
+        state_indices: int32 or int64 [B], the slot of each sequence; a negative entry marks padding (output 0, no slot
+            touched). ``None`` means slot b for sequence b, and then S = B. No slot may appear twice.
+
+    Returns:
+        output [B, T, H, V] in the dtype of q.
+
+    Raises:
+        ValueError: a shape, device, or scalar value is not as documented.
+        TypeError: a dtype or an argument type is not as documented.
+        RuntimeError: an input requires a gradient while gradients are enabled.
+    """
+    op = "recurrent_gka"
+    check.check_qkv(op, q, k, v)
+    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    check.check_flag(op, "qk_l2norm", qk_l2norm)
+    check.check_backend(op, impl, q)
+    check.check_state_indices(op, state_indices, q)
+    if state is None:
+        raise TypeError(f"{op}: expected state to be a GKAState, got None")
+    kk, kv = check.check_gka_state(op, "state", state, None if state_indices is not None else q.shape[0], q, v)
+    for name, part in (("state.kk", kk), ("state.kv", kv)):
+        check.check_contiguous(op, name, part)
+    return torch.ops.gka.recurrent_gka(
+        q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, state_indices,
+        r, b, count, check.resolve_scale(op, scale, q), qk_l2norm, impl,
+    )  # fmt: skip

@@ -1,0 +1,281 @@
+"""The ``torch.ops.gka`` operators: schemas, fakes, dispatch and autograd. Needs torch only.
+
+The implementations are imported when an operator first runs: ``gka_ops.triton.launch`` for CUDA tensors,
+``gka_ops.reference`` for everything else.
+
+NOTE [Operator conventions]
+  * Functional, fixed arity. An output that does not apply is an empty tensor of shape [0], never ``None``: the final
+    states when ``output_final_state`` is false, the residuals when ``save_x`` is false, the gradient of an absent input.
+  * The ridge is λ_t = r_t·‖H_t‖_F + b_t. ``ridge_scale_tensor`` [H] or [B, T, H] stands for r when given, else the float
+    ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b.
+  * With ``A_log``, ``log_decay`` holds the raw gate projection a, and log decay = −exp(A_log)·softplus(a + dt_bias).
+  * Residuals: ``x`` (rows of H_t-solves, stored as x = x_scale·x̂ with a power-of-two row scale in fp16 for 16-bit inputs,
+    plain otherwise, then ``x_scale`` is empty) and ``fro`` = ‖H_t‖_F [B, T, H]. They are not differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gka_ops import validation
+from gka_ops.numerics import backward_iterations
+
+_library = torch.library.Library("gka", "DEF")
+
+_KEYS = "Tensor q, Tensor k"
+_RIDGE_AND_GATE = (
+    "Tensor? ridge_scale_tensor, Tensor? ridge_offset_tensor, Tensor? A_log, Tensor? dt_bias"
+)
+_SCALARS = "float ridge_scale, float ridge_offset, int num_iter"
+
+SCHEMAS: dict[str, str] = {
+    "chunk_solve": (
+        f"({_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? cu_seqlens, "
+        f"{_SCALARS}, bool qk_l2norm, bool output_final_state, str impl) -> (Tensor x, Tensor final_kk, Tensor fro)"
+    ),
+    "chunk_solve_backward": (
+        f"(Tensor dx, Tensor? d_final_kk, {_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, "
+        f"Tensor? initial_kk, Tensor? cu_seqlens, Tensor x, Tensor fro, {_SCALARS}, bool qk_l2norm, str impl) -> "
+        "(Tensor dq, Tensor dk, Tensor d_log_decay, Tensor d_beta, Tensor d_ridge_scale, Tensor d_ridge_offset, "
+        "Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk)"
+    ),
+    "chunk_gka": (
+        f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, "
+        f"Tensor? initial_kv, Tensor? cu_seqlens, {_SCALARS}, float scale, bool qk_l2norm, bool output_final_state, "
+        "bool save_x, str impl) -> "
+        "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor fro)"
+    ),
+    "chunk_gka_backward": (
+        f"(Tensor d_output, Tensor? d_final_kk, Tensor? d_final_kv, {_KEYS}, Tensor v, Tensor? log_decay, "
+        f"Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? initial_kv, Tensor? cu_seqlens, "
+        f"Tensor x, Tensor x_scale, Tensor fro, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor d_log_decay, Tensor d_alpha, Tensor d_beta, Tensor d_ridge_scale, "
+        "Tensor d_ridge_offset, Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk, Tensor d_initial_kv)"
+    ),
+    "recurrent_gka": (
+        f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor(a!) kk, "
+        f"Tensor(b!) kv, Tensor? state_indices, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> Tensor"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+# ----------------------------------------------------------------------------------------------------------- dtypes
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states, iterates, norms and gate gradients' accumulators: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which ``chunk_gka`` saves x̂ for the backward: row-scaled fp16 for 16-bit inputs, else the input's own."""
+    return torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(0, dtype=dtype or state_dtype(like.dtype))
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int | torch.SymInt:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _like(tensor: Tensor | None, q: Tensor) -> Tensor:
+    """The fake of a gradient: contiguous and like its input, or empty where the input is absent."""
+    return _empty(q) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+# ------------------------------------------------------------------------------------------------------------ fakes
+@torch.library.register_fake("gka::chunk_solve", lib=_library)
+def _chunk_solve_fake(
+    q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
+    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, impl,
+):  # fmt: skip
+    dtype = state_dtype(q.dtype)
+    B, T, H, D = q.shape
+    x = q.new_empty(B, T, H, D, dtype=dtype)
+    fro = q.new_empty(B, T, H, dtype=dtype)
+    N = _num_sequences(q, cu_seqlens)
+    final_kk = q.new_empty(N, H, D, D, dtype=dtype) if output_final_state else _empty(q)
+    return x, final_kk, fro
+
+
+@torch.library.register_fake("gka::chunk_solve_backward", lib=_library)
+def _chunk_solve_backward_fake(
+    dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
+    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, impl,
+):  # fmt: skip
+    inputs = (q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk)
+    return tuple(_like(t, q) for t in inputs)
+
+
+@torch.library.register_fake("gka::chunk_gka", lib=_library)
+def _chunk_gka_fake(
+    q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
+    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, impl,
+):  # fmt: skip
+    dtype = state_dtype(q.dtype)
+    B, T, H, D = q.shape
+    V = v.shape[-1]
+    N = _num_sequences(q, cu_seqlens)
+    output = q.new_empty(B, T, H, V)
+    final_kk = q.new_empty(N, H, D, D, dtype=dtype) if output_final_state else _empty(q)
+    final_kv = q.new_empty(N, H, D, V, dtype=dtype) if output_final_state else _empty(q)
+    saves = save_x and num_iter > 0
+    saved = residual_dtype(q.dtype)
+    x = q.new_empty(B, T, H, D, dtype=saved) if saves else _empty(q, saved)
+    x_scale = q.new_empty(B, T, H, dtype=dtype) if saves and saved == torch.float16 else _empty(q)
+    fro = q.new_empty(B, T, H, dtype=dtype) if saves else _empty(q)
+    return output, final_kk, final_kv, x, x_scale, fro
+
+
+@torch.library.register_fake("gka::chunk_gka_backward", lib=_library)
+def _chunk_gka_backward_fake(
+    d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
+    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, fro, ridge_scale, ridge_offset, num_iter, scale,
+    qk_l2norm, impl,
+):  # fmt: skip
+    inputs = (
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
+        initial_kv,
+    )  # fmt: skip
+    return tuple(_like(t, q) for t in inputs)
+
+
+@torch.library.register_fake("gka::recurrent_gka", lib=_library)
+def _recurrent_gka_fake(
+    q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
+    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, impl,
+):  # fmt: skip
+    B, T, H, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[-1])
+
+
+# --------------------------------------------------------------------------------------------------------- dispatch
+def _backend(q: Tensor, impl: str) -> Any:
+    """The module that runs this call; both have one function per operator with the operator's own signature.
+
+    ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
+    """
+    validation.check_impl(impl)
+    if impl == "reference" or (impl == "auto" and q.device.type != "cuda"):
+        from gka_ops.reference import backend as reference_backend
+
+        return reference_backend
+    from gka_ops.triton import checks
+
+    if impl == "auto" and checks.unsupported_reason(q) is not None:
+        from gka_ops.reference import backend as reference_backend
+
+        return reference_backend
+    checks.require_supported(q)
+    from gka_ops.triton import launch
+
+    return launch
+
+
+def _check_values(op: str, args: tuple[Any, ...], cu_seqlens: Tensor | None, state_indices: Tensor | None) -> None:
+    """Values are read where that is free (``cu_seqlens`` on the CPU) and in debug mode."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        validation.check_cu_seqlens_values(op, cu_seqlens, args[0].shape[1])
+    if validation.debug_enabled():
+        schema = getattr(torch.ops.gka, op).default._schema
+        named = {a.name: value for a, value in zip(schema.arguments, args, strict=True)}
+        tensors = {n: t for n, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        validation.check_values(op, tensors, cu_seqlens, state_indices)
+
+
+def _chunk_solve(*args):
+    q, cu_seqlens, impl = args[0], args[9], args[-1]
+    _check_values("chunk_solve", args, cu_seqlens, None)
+    return _backend(q, impl).chunk_solve(*args[:-1])
+
+
+def _chunk_solve_backward(*args):
+    q, impl = args[2], args[-1]
+    return _backend(q, impl).chunk_solve_backward(*args[:-1])
+
+
+def _chunk_gka(*args):
+    q, cu_seqlens, impl = args[0], args[12], args[-1]
+    _check_values("chunk_gka", args, cu_seqlens, None)
+    return _backend(q, impl).chunk_gka(*args[:-1])
+
+
+def _chunk_gka_backward(*args):
+    q, impl = args[3], args[-1]
+    return _backend(q, impl).chunk_gka_backward(*args[:-1])
+
+
+def _recurrent_gka(*args):
+    q, state_indices, impl = args[0], args[12], args[-1]
+    _check_values("recurrent_gka", args, None, state_indices)
+    return _backend(q, impl).recurrent_gka(*args[:-1])
+
+
+for _name, _implementation in {
+    "chunk_solve": _chunk_solve,
+    "chunk_solve_backward": _chunk_solve_backward,
+    "chunk_gka": _chunk_gka,
+    "chunk_gka_backward": _chunk_gka_backward,
+    "recurrent_gka": _recurrent_gka,
+}.items():
+    _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _implementation, "CUDA")
+
+
+# --------------------------------------------------------------------------------------------------------- autograd
+def _present(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Turns the empty gradients of absent inputs into ``None``."""
+    return [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
+
+
+def _chunk_solve_setup(ctx, inputs, output):
+    *tensors, ridge_scale, ridge_offset, num_iter, qk_l2norm, _, impl = inputs
+    x, _, fro = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(fro)
+    ctx.save_for_backward(*tensors, x, fro)
+    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), qk_l2norm, impl)
+
+
+def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
+    *inputs, x, fro = ctx.saved_tensors
+    if dx is None:
+        dx = torch.zeros_like(x)
+    if d_final_kk is not None and d_final_kk.numel() == 0:
+        d_final_kk = None
+    gradients = torch.ops.gka.chunk_solve_backward(dx, d_final_kk, *inputs, x, fro, *ctx.scalars)
+    *differentiable, _cu_seqlens = inputs
+    return *_present(gradients, tuple(differentiable)), None, None, None, None, None, None, None
+
+
+def _chunk_gka_setup(ctx, inputs, output):
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, _, impl = inputs
+    _, _, _, x, x_scale, fro = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(x, x_scale, fro)
+    ctx.save_for_backward(*tensors, x, x_scale, fro)
+    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, impl)
+
+
+def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
+    *inputs, x, x_scale, fro = ctx.saved_tensors
+    if d_output is None:
+        q, _, v = inputs[:3]
+        d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
+    d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
+    gradients = torch.ops.gka.chunk_gka_backward(
+        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, fro, *ctx.scalars
+    )
+    *differentiable, _cu_seqlens = inputs
+    return *_present(gradients, tuple(differentiable)), *[None] * 9
+
+
+torch.library.register_autograd("gka::chunk_solve", _chunk_solve_vjp, setup_context=_chunk_solve_setup, lib=_library)
+torch.library.register_autograd("gka::chunk_gka", _chunk_gka_vjp, setup_context=_chunk_gka_setup, lib=_library)
