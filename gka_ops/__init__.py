@@ -1,7 +1,7 @@
 """Fused, ``torch.compile``-native operators for Gated KalmaNet (arXiv 2511.21016).
 
-Importing this package registers the ``torch.ops.gka`` operators. It needs torch alone: Triton is imported when an operator
-first runs on a CUDA tensor.
+Importing this package registers the ``torch.ops.gka`` operators. It needs torch alone: Triton is imported when an
+operator first runs on a CUDA tensor.
 """
 
 from gka_ops._version import __version__

@@ -56,9 +56,9 @@ def chunk_gka(
         alpha: α [B, T, H] in [0, 1], how much of the solved query is used; ``None`` means 1.
         beta: β [B, T, H] in [0, 1], the weight of a token's key and value; ``None`` means 1.
         ridge: r as a float, or a :class:`Ridge` whose parts are floats or tensors [H] or [B, T, H] with gradients.
-        num_iter: Chebyshev operator applications n; ``"auto"`` takes the smallest n that guarantees ``tol``; 0 skips the
-            solve (m = q: plain gated linear attention, ``alpha`` has no effect). The backward solve makes a few more
-            (``numerics.BACKWARD_EXTRA_ITERATIONS``).
+        num_iter: Chebyshev operator applications n; ``"auto"`` takes the smallest n that guarantees ``tol``; 0 skips
+            the solve (m = q: plain gated linear attention, ``alpha`` has no effect). The backward solve makes a few
+            more (``numerics.BACKWARD_EXTRA_ITERATIONS``).
         tol: relative truncation error of x that ``"auto"`` guarantees for any data.
         scale: s; ``None`` means D^-0.5.
         qk_l2norm: divide every query and key by max(‖·‖₂, 1e-6) first.
@@ -77,8 +77,9 @@ def chunk_gka(
         TypeError: a dtype or an argument type is not as above.
 
     A NaN or infinity in a token reaches the outputs of its own chunk and of all later tokens of its sequence and head,
-    never another sequence or head. Rows with ‖H_t‖_F + λ_t ≤ 2^-40 (only zero keys so far) give x_t = 0, with zero gradient.
-    Gradients flow to every floating-point tensor argument; for ``initial_state.kk`` it is the symmetric gradient.
+    never another sequence or head. Rows with ‖H_t‖_F + λ_t ≤ 2^-40 (only zero keys so far) give x_t = 0, with zero
+    gradient. Gradients flow to every floating-point tensor argument; for ``initial_state.kk`` it is the symmetric
+    gradient.
     """
     op = "chunk_gka"
     check.check_qkv(op, q, k, v)
@@ -122,9 +123,9 @@ def chunk_solve(
     ``num_iter=0`` x is q (normalised if ``qk_l2norm``).
 
     Returns:
-        ``ChunkSolveOutput(x, final_state)``: x [B, T, H, D] in fp32 (fp64 for fp64 inputs), whatever the dtype of q: x may be
-        large outside the span of the keys, and rounding it to 16 bits destroys what a read-out sees of it. final_state is
-        H [N, H, D, D] after the last token, or ``None``.
+        ``ChunkSolveOutput(x, final_state)``: x [B, T, H, D] in fp32 (fp64 for fp64 inputs), whatever the dtype of q: x
+        may be large outside the span of the keys, and rounding it to 16 bits destroys what a read-out sees of it.
+        final_state is H [N, H, D, D] after the last token, or ``None``.
 
     Raises:
         ValueError: a shape, device, or scalar value is not as documented.
@@ -169,12 +170,12 @@ def recurrent_gka(
 ) -> Tensor:
     r"""Decode: advances ``state`` **in place** by the T given tokens of every sequence and returns their outputs.
 
-    Same arguments and equations as :func:`chunk_gka`, so that decoding continues what ``chunk_gka`` began; meant for T of
-    one or a few tokens. Not differentiable.
+    Same arguments and equations as :func:`chunk_gka`, so that decoding continues what ``chunk_gka`` began; meant for T
+    of one or a few tokens. Not differentiable.
 
     Args:
-        state: the pool of states, (kk [S, H, D, D], kv [S, H, D, V]), contiguous; fp32, or fp64 for fp64 inputs. The slots in
-            use are overwritten.
+        state: the pool of states, (kk [S, H, D, D], kv [S, H, D, V]), contiguous; fp32, or fp64 for fp64 inputs. The
+            slots in use are overwritten.
         state_indices: int32 or int64 [B], the slot of each sequence; a negative entry marks padding (output 0, no slot
             touched). ``None`` means slot b for sequence b, and then S = B. No slot may appear twice.
 
@@ -201,6 +202,10 @@ def recurrent_gka(
     kk, kv = check.check_gka_state(op, "state", state, None if state_indices is not None else q.shape[0], q, v)
     for name, part in (("state.kk", kk), ("state.kv", kv)):
         check.check_contiguous(op, name, part)
+    if _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv):
+        raise RuntimeError(
+            f"{op}: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
+        )
     return torch.ops.gka.recurrent_gka(
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, state_indices,
         r, b, count, check.resolve_scale(op, scale, q), qk_l2norm, impl,

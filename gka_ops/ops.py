@@ -5,12 +5,15 @@ The implementations are imported when an operator first runs: ``gka_ops.triton.l
 
 NOTE [Operator conventions]
   * Functional, fixed arity. An output that does not apply is an empty tensor of shape [0], never ``None``: the final
-    states when ``output_final_state`` is false, the residuals when ``save_x`` is false, the gradient of an absent input.
-  * The ridge is λ_t = r_t·‖H_t‖_F + b_t. ``ridge_scale_tensor`` [H] or [B, T, H] stands for r when given, else the float
-    ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b.
+    states when ``output_final_state`` is false, the residuals when ``save_x`` is false, the gradient of an absent
+    input.
+  * The ridge is λ_t = r_t·‖H_t‖_F + b_t. ``ridge_scale_tensor`` [H] or [B, T, H] stands for r when given, else the
+    float ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b.
   * With ``A_log``, ``log_decay`` holds the raw gate projection a, and log decay = −exp(A_log)·softplus(a + dt_bias).
-  * Residuals: ``x`` (rows of H_t-solves, stored as x = x_scale·x̂ with a power-of-two row scale in fp16 for 16-bit inputs,
-    plain otherwise, then ``x_scale`` is empty) and ``fro`` = ‖H_t‖_F [B, T, H]. They are not differentiable.
+  * Residuals: ``x`` and ``fro`` = ‖H_t‖_F [B, T, H]; not differentiable. For 16-bit inputs ``x`` holds fp16 rows x̂ of
+    x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it is
+    x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside the
+    span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
 """
 
 from __future__ import annotations
@@ -26,9 +29,7 @@ from gka_ops.numerics import backward_iterations
 _library = torch.library.Library("gka", "DEF")
 
 _KEYS = "Tensor q, Tensor k"
-_RIDGE_AND_GATE = (
-    "Tensor? ridge_scale_tensor, Tensor? ridge_offset_tensor, Tensor? A_log, Tensor? dt_bias"
-)
+_RIDGE_AND_GATE = "Tensor? ridge_scale_tensor, Tensor? ridge_offset_tensor, Tensor? A_log, Tensor? dt_bias"
 _SCALARS = "float ridge_scale, float ridge_offset, int num_iter"
 
 SCHEMAS: dict[str, str] = {
@@ -46,12 +47,13 @@ SCHEMAS: dict[str, str] = {
         f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, "
         f"Tensor? initial_kv, Tensor? cu_seqlens, {_SCALARS}, float scale, bool qk_l2norm, bool output_final_state, "
         "bool save_x, str impl) -> "
-        "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor fro)"
+        "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor x_query, "
+        "Tensor fro)"
     ),
     "chunk_gka_backward": (
         f"(Tensor d_output, Tensor? d_final_kk, Tensor? d_final_kv, {_KEYS}, Tensor v, Tensor? log_decay, "
         f"Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? initial_kv, Tensor? cu_seqlens, "
-        f"Tensor x, Tensor x_scale, Tensor fro, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
+        f"Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
         "(Tensor dq, Tensor dk, Tensor dv, Tensor d_log_decay, Tensor d_alpha, Tensor d_beta, Tensor d_ridge_scale, "
         "Tensor d_ridge_offset, Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk, Tensor d_initial_kv)"
     ),
@@ -72,7 +74,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def residual_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which ``chunk_gka`` saves x̂ for the backward: row-scaled fp16 for 16-bit inputs, else the input's own."""
+    """Dtype in which ``chunk_gka`` saves x̂ for the backward: row-scaled fp16 for 16-bit inputs, else the input's."""
     return torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -129,14 +131,15 @@ def _chunk_gka_fake(
     saved = residual_dtype(q.dtype)
     x = q.new_empty(B, T, H, D, dtype=saved) if saves else _empty(q, saved)
     x_scale = q.new_empty(B, T, H, dtype=dtype) if saves and saved == torch.float16 else _empty(q)
+    x_query = torch.empty_like(x_scale)
     fro = q.new_empty(B, T, H, dtype=dtype) if saves else _empty(q)
-    return output, final_kk, final_kv, x, x_scale, fro
+    return output, final_kk, final_kv, x, x_scale, x_query, fro
 
 
 @torch.library.register_fake("gka::chunk_gka_backward", lib=_library)
 def _chunk_gka_backward_fake(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
-    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, fro, ridge_scale, ridge_offset, num_iter, scale,
+    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
     qk_l2norm, impl,
 ):  # fmt: skip
     inputs = (
@@ -212,6 +215,11 @@ def _chunk_gka_backward(*args):
 
 
 def _recurrent_gka(*args):
+    # No autograd kernel stands before this one: without the check, autograd would record what the reference does.
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(
+            "recurrent_gka: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
+        )
     q, state_indices, impl = args[0], args[12], args[-1]
     _check_values("recurrent_gka", args, None, state_indices)
     return _backend(q, impl).recurrent_gka(*args[:-1])
@@ -256,26 +264,32 @@ def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
 
 def _chunk_gka_setup(ctx, inputs, output):
     *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, _, impl = inputs
-    _, _, _, x, x_scale, fro = output
+    _, _, _, *residuals = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(x, x_scale, fro)
-    ctx.save_for_backward(*tensors, x, x_scale, fro)
+    ctx.mark_non_differentiable(*residuals)
+    ctx.save_for_backward(*tensors, *residuals)
     ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, impl)
 
 
 def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
-    *inputs, x, x_scale, fro = ctx.saved_tensors
+    *inputs, x, x_scale, x_query, fro = ctx.saved_tensors
     if d_output is None:
         q, _, v = inputs[:3]
         d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
     d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
     d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
     gradients = torch.ops.gka.chunk_gka_backward(
-        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, fro, *ctx.scalars
+        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro, *ctx.scalars
     )
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 9
 
 
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("chunk_solve, chunk_gka: expected to be differentiated once, got a second derivative")
+
+
 torch.library.register_autograd("gka::chunk_solve", _chunk_solve_vjp, setup_context=_chunk_solve_setup, lib=_library)
 torch.library.register_autograd("gka::chunk_gka", _chunk_gka_vjp, setup_context=_chunk_gka_setup, lib=_library)
+torch.library.register_autograd("gka::chunk_solve_backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("gka::chunk_gka_backward", _no_second_derivative, lib=_library)

@@ -54,14 +54,14 @@ class GKAState(NamedTuple):
 
 
 class GKAOutput(NamedTuple):
-    """Result of :func:`gka_ops.chunk_gka`: ``output`` [B, T, H, V] and, if asked for, the state after the last token."""
+    """Result of :func:`gka_ops.chunk_gka`: ``output`` [B, T, H, V] and, if asked for, the state after the end."""
 
     output: Tensor
     final_state: GKAState | None
 
 
 class ChunkSolveOutput(NamedTuple):
-    """Result of :func:`gka_ops.chunk_solve`: ``x`` [B, T, H, D] in at least fp32 and, if asked for, H after the last token."""
+    """Result of :func:`gka_ops.chunk_solve`: ``x`` [B, T, H, D] in at least fp32, and H after the end if asked for."""
 
     x: Tensor
     final_state: Tensor | None

@@ -1,8 +1,8 @@
 """Checks that do not depend on a backend, with one message style: what was expected, and what came.
 
 Structural checks (rank, shape, dtype, device) read no tensor values, so they trace through ``torch.compile`` without a
-graph break. Checks of values run inside the operators, when they really execute: ``cu_seqlens`` whenever it is on the CPU, everything
-else only in debug mode, because reading values stops a GPU.
+graph break. Checks of values run inside the operators, when they really execute: ``cu_seqlens`` whenever it is on the
+CPU, everything else only in debug mode, because reading values stops a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ _debug_depth = 0
 def debug_mode() -> Iterator[None]:
     """Within this context every operator call also checks tensor values (and so waits for the GPU).
 
-    Raises ``ValueError`` from the operator for: a NaN or infinity in q, k, v, the gates or the initial state; a positive
-    log decay; alpha or beta outside [0, 1]; a negative ridge; a non-symmetric initial ``kk``; malformed ``cu_seqlens``;
-    a ``state_indices`` entry beyond the pool or used twice. The environment variable ``GKA_OPS_DEBUG=1`` does the same
-    for a whole process; it is read at each call.
+    Raises ``ValueError`` from the operator for: a NaN or infinity in q, k, v, the gates or the initial state; a
+    positive log decay; alpha or beta outside [0, 1]; a negative ridge; a non-symmetric initial ``kk``; malformed
+    ``cu_seqlens``; a ``state_indices`` entry beyond the pool or used twice. The environment variable
+    ``GKA_OPS_DEBUG=1`` does the same for a whole process; it is read at each call.
     """
     global _debug_depth
     _debug_depth += 1
@@ -107,7 +108,9 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
     if v is not None and (v.shape[0] != B or v.shape[1] != T or v.shape[2] != Hkv):
         raise ValueError(f"{op}: expected v of shape [B, T, Hkv, V] = [{B}, {T}, {Hkv}, V], got {_shape(v)}")
     if H == 0 or D == 0 or Hkv == 0 or (v is not None and v.shape[3] == 0):
-        raise ValueError(f"{op}: expected at least one head and non-empty head dimensions, got q {_shape(q)}, k {_shape(k)}")
+        raise ValueError(
+            f"{op}: expected at least one head and non-empty head dimensions, got q {_shape(q)}, k {_shape(k)}"
+        )
     if H % Hkv != 0:
         raise ValueError(f"{op}: expected the number of key/value heads to divide the {H} query heads, got {Hkv}")
 
@@ -129,7 +132,9 @@ def check_per_head(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
     check_device(op, name, tensor, q.device)
 
 
-def check_gate(op: str, gate: DecayGate | None, log_decay: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def check_gate(
+    op: str, gate: DecayGate | None, log_decay: Tensor | None, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Returns (A_log, dt_bias)."""
     if gate is None:
         return None, None
@@ -143,7 +148,9 @@ def check_gate(op: str, gate: DecayGate | None, log_decay: Tensor | None, q: Ten
     return gate.A_log, gate.dt_bias
 
 
-def check_ridge(op: str, ridge: float | Ridge, q: Tensor) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
+def check_ridge(
+    op: str, ridge: float | Ridge, q: Tensor
+) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
     """Returns (scale, offset, scale tensor, offset tensor, smallest known scale)."""
     if not isinstance(ridge, Ridge):
         check_number(op, "ridge", ridge)
@@ -189,8 +196,8 @@ def resolve_num_iter(op: str, num_iter: object, tol: float, smallest_ridge: floa
             )
         if not smallest_ridge > 0:
             raise ValueError(
-                f'{op}: expected a ridge scale > 0 with num_iter="auto" (the count grows without bound as it goes to 0), '
-                f"got {smallest_ridge}"
+                f'{op}: expected a ridge scale > 0 with num_iter="auto" (the count grows without bound as it goes to '
+                f"0), got {smallest_ridge}"
             )
         return iterations_for(smallest_ridge, tol)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
@@ -293,13 +300,13 @@ def _fail_if(condition: Tensor, message: str) -> None:
 def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
     """cu_seqlens starts at 0, never decreases and ends at the number of packed tokens."""
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != num_tokens or any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
-        raise ValueError(f"{op}: expected cu_seqlens to rise from 0 to T = {num_tokens} without decreasing, got {offsets}")
+    if offsets[0] != 0 or offsets[-1] != num_tokens or any(b < a for a, b in pairwise(offsets)):
+        raise ValueError(
+            f"{op}: expected cu_seqlens to rise from 0 to T = {num_tokens} without decreasing, got {offsets}"
+        )
 
 
-def check_values(
-    op: str, tensors: dict[str, Tensor], cu_seqlens: Tensor | None, state_indices: Tensor | None
-) -> None:
+def check_values(op: str, tensors: dict[str, Tensor], cu_seqlens: Tensor | None, state_indices: Tensor | None) -> None:
     """The checks of :func:`debug_mode`. ``tensors`` holds the floating-point arguments by the operator's names."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(op, cu_seqlens, tensors["q"].shape[1])
@@ -321,7 +328,9 @@ def check_values(
         if kk is not None:
             asymmetry = (kk - kk.mT).abs().amax(dim=(-2, -1))
             bound = 1e-4 * kk.abs().amax(dim=(-2, -1))
-            _fail_if(asymmetry > bound, f"{op}: expected {name} to be symmetric, got a state that differs from its transpose")
+            _fail_if(
+                asymmetry > bound, f"{op}: expected {name} to be symmetric, got a state that differs from its transpose"
+            )
     if state_indices is not None:
         slots = tensors["kk"].shape[0]
         used = state_indices[state_indices >= 0]

@@ -1,0 +1,79 @@
+"""Launch configurations as data: one frozen dataclass per kernel, and the one table of configurations that runs.
+
+A configuration is chosen in Python before the launch; the kernels are plain ``@triton.jit``. The chunk size is part of the
+operand class because all chunk kernels of one call must agree on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Warps of one program and software-pipelining depth of its loops."""
+
+    num_warps: int
+    num_stages: int
+
+    def launch_options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """Everything the chunk kernels of one ``chunk_gka`` or ``chunk_solve`` call are launched with.
+
+    Attributes:
+        chunk: C, tokens a chunk.
+        block_n: columns of a key-key state (of D) that one program of the state passes holds.
+        block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
+        precision: Triton's ``input_precision`` for fp32 operands.
+    """
+
+    chunk: int
+    block_n: int
+    block_v: int
+    precision: str
+    state: KernelConfig
+    forward: KernelConfig
+    backward_solve: KernelConfig
+    backward_state: KernelConfig
+    backward_gradient: KernelConfig
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """The decode kernel: ``block_v`` columns of U at a time; ``rows`` of the tile that carries the query."""
+
+    block_v: int
+    rows: int
+    precision: str
+    kernel: KernelConfig
+
+
+def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
+    """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands."""
+    large = padded_d > 128 or (is_fp32 and padded_d > 64)
+    warps = 8 if padded_d > 128 else 4
+    return ChunkConfig(
+        chunk=32 if large else 64,
+        block_n=min(padded_d, 32 if padded_d > 128 else 64),
+        block_v=min(padded_v, 32 if large else 64),
+        precision="tf32x3",
+        state=KernelConfig(num_warps=4, num_stages=2),
+        forward=KernelConfig(num_warps=warps, num_stages=1),
+        backward_solve=KernelConfig(num_warps=warps, num_stages=1),
+        backward_state=KernelConfig(num_warps=4, num_stages=1),
+        backward_gradient=KernelConfig(num_warps=8 if large or padded_d > 64 else 4, num_stages=1),
+    )
+
+
+def recurrent_config(padded_d: int, padded_v: int, is_fp32: bool) -> RecurrentConfig:
+    """The configuration of a decode step."""
+    return RecurrentConfig(
+        block_v=min(padded_v, 32),
+        rows=16,
+        precision="tf32x3",
+        kernel=KernelConfig(num_warps=16 if padded_d > 128 else 4, num_stages=1),
+    )

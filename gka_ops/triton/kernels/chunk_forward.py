@@ -1,0 +1,139 @@
+"""Forward of one chunk: norms, Chebyshev solve, α mix and read-out in one kernel (MATH.md §2–3)."""
+
+import triton
+import triton.language as tl
+
+from gka_ops.triton.primitives import (
+    chebyshev,
+    chunk_bounds,
+    decay_matrix,
+    dot_split,
+    frobenius_norm,
+    key_weight,
+    load_log_decay,
+    load_query,
+    load_ridge,
+    load_rows,
+    load_scalars,
+    load_square_state,
+    load_state,
+    normalise,
+    scale_rows,
+    split_along_query,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["T", "num_iter"])
+def chunk_forward_kernel(
+    q,  # [tokens, H, D]
+    k,  # [tokens, Hkv, D]
+    v,  # [tokens, Hkv, V], or None: solve only
+    log_decay,  # [tokens, H] or None
+    A_log,  # [H] or None
+    dt_bias,  # [H] or None
+    alpha,  # [tokens, H] or None
+    beta,  # [tokens, H] or None
+    ridge_scale_tensor,  # [H] or [tokens, H] or None
+    ridge_offset_tensor,  # [H] or [tokens, H] or None
+    kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype; read if SOLVE
+    kk_units,  # [chunks, H, BLOCK_D / BLOCK_N] fp32
+    kv,  # U_c [chunks, H, BLOCK_D, V_PAD] operand dtype; read if v is given
+    kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
+    output,  # out [tokens, H, V], or None: solve only
+    x,  # out [tokens, H, D] or None
+    x_scale,  # out [tokens, H] fp32, or None: x is stored as it is
+    x_query,  # out [tokens, H] fp32: x = x_query·q + x_scale·x̂; written with x_scale
+    fro,  # out ‖H_t‖_F [tokens, H] fp32 or None
+    cu_seqlens,  # [N + 1] or None
+    chunk_offsets,  # [N] or None
+    chunk_sequence,  # [chunks] sequence of each chunk, -1 for unused, or None
+    ridge_scale,
+    ridge_offset,
+    scale,
+    num_iter,
+    T,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    C: tl.constexpr,
+    SOLVE: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr,
+    OFFSET_PER_TOKEN: tl.constexpr,
+    CONSTANT_DELTA: tl.constexpr,  # the ridge is one float ratio: every Chebyshev coefficient is a scalar
+    QK_L2NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    FRO_MIN: tl.constexpr,
+    MIN_LOG_DECAY: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program does one chunk of one query head."""
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    if i_n < 0:
+        return
+    i_state = i_c.to(tl.int64) * H + i_h
+    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
+    m_t = o_t < end
+    o_row = o_t.to(tl.int64) * H + i_h
+    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    gamma = tl.exp(b_c)
+    b_m = decay_matrix(b_c, C)
+    b_beta = load_scalars(beta, o_row, m_t, 1.0)
+    b_k32, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
+    kappa = key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+    b_k = b_k32.to(OPERAND)
+    b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+
+    b_x = b_q * weight_q[:, None]  # num_iter = 0: x = q
+    if SOLVE:
+        b_h, unit_h = load_square_state(kk, kk_units, i_state, BLOCK_D, BLOCK_N)
+        b_fro = frobenius_norm(b_k, kappa, b_h, unit_h, gamma, b_m, C, PRECISION)
+        b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
+        b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
+        inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
+        phi = gamma * unit_h * weight_h
+        b_psi = b_m * weight_h[:, None] * (kappa * kappa)[None, :]
+        if CONSTANT_DELTA:
+            delta = ridge_scale / (1 + ridge_scale)
+        else:
+            delta = (1 - b_fro * weight_h)[:, None]
+        b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)
+        b_x = b_z * (weight_q * inv_eta)[:, None]
+        if fro is not None:
+            tl.store(fro + o_row, b_fro, mask=m_t)
+    if x is not None:
+        if x_scale is not None:
+            b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+            b_w, c = split_along_query(b_x, b_q * weight_q[:, None])
+            b_w, unit_w = scale_rows(b_w)
+            store_rows(x, b_w, o_row, m_t, o_d, D, BLOCK_D)
+            tl.store(x_scale + o_row, unit_w, mask=m_t)
+            tl.store(x_query + o_row, c, mask=m_t)
+        else:
+            store_rows(x, b_x, o_row, m_t, o_d, D, BLOCK_D)
+
+    if v is not None:
+        if SOLVE:  # m = q + α (x − q)
+            b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
+            b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+            b_q *= weight_q[:, None]
+            b_x = b_q + b_alpha[:, None] * (b_x - b_q)
+        b_x, unit_m = scale_rows(b_x)
+        b_s = dot_split(b_x, tl.trans(b_k), PRECISION) * b_m * (kappa * b_beta)[None, :]
+        for i_v in range(V_PAD // BLOCK_V):
+            o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+            b_u, unit_u = load_state(kv, kv_units, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+            b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
+            b_p, unit_p = scale_rows(b_s * unit_v[None, :])
+            b_o = dot_split(b_x, b_u, PRECISION) * (gamma * unit_u)[:, None]
+            b_o += tl.dot(b_p.to(OPERAND), b_v.to(OPERAND), input_precision=PRECISION) * unit_p[:, None]
+            store_rows(output, b_o * (scale * unit_m)[:, None], o_row, m_t, o_v, V, V_PAD)

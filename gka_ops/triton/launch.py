@@ -1,0 +1,490 @@
+"""Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
+
+A forward is the state pass (H_c, then U_c) followed by the fused solve and read-out. A backward recomputes the chunk-start
+states, solves for the incoming gradient (stage A), scans the gradients of the states in reverse (stage B) and forms the
+gradients of keys, values and gates (stage C); docs/math.md §4.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gka_ops.autotune.config import chunk_config, recurrent_config
+from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
+from gka_ops.triton.kernels.chunk_backward_gradient import chunk_backward_gradient_kernel
+from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
+from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_state_kk_kernel, chunk_backward_state_kv_kernel
+from gka_ops.triton.kernels.chunk_forward import chunk_forward_kernel
+from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
+from gka_ops.triton.kernels.recurrent import recurrent_kernel
+
+_MIN_BLOCK = 16  # the least extent of a tensor-core operand
+_TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
+
+
+def _padded(size: int) -> int:
+    return max(_MIN_BLOCK, triton.next_power_of_2(size))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _on_device(tensor: Tensor) -> Any:
+    """Kernels launch on the current device: make it the tensors' own."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+class _States(NamedTuple):
+    """Chunk-level states in the operand dtype with their units, and the fp32 state after the last token."""
+
+    states: Tensor | None
+    units: Tensor | None
+    final: Tensor | None
+
+
+_NO_STATES = _States(None, None, None)
+
+
+class _Problem:
+    """The arguments of one call, its sizes, its configuration and its chunk tables."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, alpha: Tensor | None,
+        beta: Tensor | None, ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None,
+        A_log: Tensor | None, dt_bias: Tensor | None, initial_kk: Tensor | None, initial_kv: Tensor | None,
+        cu_seqlens: Tensor | None, ridge_scale: float, ridge_offset: float, num_iter: int, scale: float,
+        qk_l2norm: bool,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v = q.contiguous(), k.contiguous(), _contiguous(v)
+        self.log_decay, self.alpha, self.beta = _contiguous(log_decay), _contiguous(alpha), _contiguous(beta)
+        self.A_log, self.dt_bias = _contiguous(A_log), _contiguous(dt_bias)
+        self.ridge_scale_tensor = _contiguous(ridge_scale_tensor)
+        self.ridge_offset_tensor = _contiguous(ridge_offset_tensor)
+        self.initial_kk, self.initial_kv = _contiguous(initial_kk), _contiguous(initial_kv)
+        self.ridge_scale, self.ridge_offset, self.scale = ridge_scale, ridge_offset, scale
+        self.num_iter, self.solve = num_iter, num_iter > 0
+
+        self.B, self.T, self.H, self.D = q.shape
+        self.V = self.D if v is None else v.shape[-1]
+        self.Hkv = k.shape[2]
+        self.tokens = self.B * self.T
+        is_fp32 = q.dtype == torch.float32
+        self.operand = torch.float32 if is_fp32 else torch.float16
+        self.block_d = _padded(self.D)
+        self.config = chunk_config(self.block_d, _padded(self.V), is_fp32)
+        self.v_pad = triton.cdiv(self.V, self.config.block_v) * self.config.block_v
+        chunk = self.config.chunk
+        if cu_seqlens is None:
+            self.N, self.chunks = self.B, self.B * triton.cdiv(self.T, chunk)
+            self.cu_seqlens = self.chunk_offsets = self.chunk_sequence = None
+        else:
+            self.N = cu_seqlens.shape[0] - 1
+            self.chunks = self.tokens // chunk + self.N  # an upper bound that needs no read of the device
+            self._chunk_tables(cu_seqlens, chunk)
+
+        self.geometry = {
+            "cu_seqlens": self.cu_seqlens, "T": self.T, "H": self.H, "D": self.D, "BLOCK_D": self.block_d, "C": chunk,
+        }  # fmt: skip
+        self.tables = {"chunk_offsets": self.chunk_offsets, "chunk_sequence": self.chunk_sequence}
+        self.gate = {"log_decay": self.log_decay, "A_log": self.A_log, "dt_bias": self.dt_bias}
+        self.numerics = {
+            "QK_L2NORM": qk_l2norm, "NORM_EPS": NORM_EPS, "MIN_LOG_DECAY": MIN_LOG_DECAY,
+            "PRECISION": self.config.precision,
+        }  # fmt: skip
+        self.ridge = {
+            "ridge_scale_tensor": self.ridge_scale_tensor, "ridge_offset_tensor": self.ridge_offset_tensor,
+            "ridge_scale": ridge_scale, "ridge_offset": ridge_offset, "num_iter": num_iter, **ridge_kind(self),
+        }  # fmt: skip
+        self.values = {
+            "V": self.V, "BLOCK_N": self.config.block_n, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad,
+        }  # fmt: skip
+
+    def _chunk_tables(self, cu_seqlens: Tensor, chunk: int) -> None:
+        """chunk -> sequence and sequence -> first chunk, on the device. Boundaries are made monotone from 0 to T first, so
+        that malformed ones cannot write out of bounds."""
+        bounds = torch.cummax(cu_seqlens.long().clamp(0, self.tokens), dim=0).values
+        bounds[0], bounds[-1] = 0, self.tokens
+        counts = (bounds.diff() + (chunk - 1)) // chunk
+        ends = counts.cumsum(0)
+        index = torch.arange(self.chunks, device=cu_seqlens.device)
+        sequence = torch.searchsorted(ends, index, right=True)
+        self.cu_seqlens = bounds
+        self.chunk_offsets = ends - counts
+        self.chunk_sequence = torch.where(index < ends[-1], sequence, -1)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.q.new_empty(shape, dtype=dtype)
+
+    def per_token(self, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return self.new(self.B, self.T, self.H, dtype=dtype) if wanted else None
+
+    @property
+    def group(self) -> int:
+        return self.H // self.Hkv
+
+    @property
+    def chunk_grid(self) -> tuple[int, int]:
+        return (self.chunks, self.H)
+
+    def empty(self) -> Tensor:
+        return self.q.new_empty(0, dtype=torch.float32)
+
+
+def ridge_kind(problem: Any) -> dict[str, bool]:
+    """Compile-time facts of the ridge."""
+    scale, offset = problem.ridge_scale_tensor, problem.ridge_offset_tensor
+    return {
+        "SCALE_PER_TOKEN": scale is not None and scale.ndim == 3,
+        "OFFSET_PER_TOKEN": offset is not None and offset.ndim == 3,
+        "CONSTANT_DELTA": scale is None and offset is None and problem.ridge_offset == 0,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+def key_key_states(p: _Problem, want_final: bool) -> _States:
+    """H_c of every chunk."""
+    return _forward_states(p, p.k, p.D, p.block_d, p.config.block_n, p.initial_kk, want_final, right_is_key=True)
+
+
+def key_value_states(p: _Problem, want_final: bool) -> _States:
+    """U_c of every chunk."""
+    assert p.v is not None
+    return _forward_states(p, p.v, p.V, p.v_pad, p.config.block_v, p.initial_kv, want_final, right_is_key=False)
+
+
+def _forward_states(
+    p: _Problem, right: Tensor, size: int, padded: int, block: int, initial: Tensor | None, want_final: bool,
+    right_is_key: bool,
+) -> _States:  # fmt: skip
+    states = p.new(p.chunks, p.H, p.block_d, padded, dtype=p.operand)
+    units = p.new(p.chunks, p.H, padded // block)
+    final = p.new(p.N, p.H, p.D, size) if want_final else None
+    chunk_state_kernel[(padded // block, p.N * p.H)](
+        k=p.k, r=right, **p.gate, beta=p.beta, initial=initial, states=states, units=units, final=final,
+        chunk_offsets=p.chunk_offsets, GROUP=p.group, R=size, BLOCK_R=block, R_PAD=padded, RIGHT_IS_KEY=right_is_key,
+        **p.geometry, **p.numerics, **p.config.state.launch_options(),
+    )  # fmt: skip
+    return _States(states, units, final)
+
+
+class _Solved(NamedTuple):
+    output: Tensor | None
+    x: Tensor | None
+    x_scale: Tensor | None
+    x_query: Tensor | None
+    fro: Tensor | None
+
+
+def solve_and_read_out(
+    p: _Problem, kk: _States, kv: _States, x_dtype: torch.dtype | None, read_out: bool = True
+) -> _Solved:
+    """The fused forward of every chunk. ``x_dtype``: fp16 saves x row-scaled, fp32 as it is, ``None`` not at all."""
+    read_out = read_out and p.v is not None
+    output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype) if read_out else None
+    x = None if x_dtype is None else p.new(p.B, p.T, p.H, p.D, dtype=x_dtype)
+    x_scale, x_query = p.per_token(x_dtype == torch.float16), p.per_token(x_dtype == torch.float16)
+    fro = p.per_token(x_dtype is not None and p.solve)
+    chunk_forward_kernel[p.chunk_grid](
+        q=p.q, k=p.k, v=p.v if read_out else None, **p.gate, alpha=p.alpha, beta=p.beta, kk=kk.states,
+        kk_units=kk.units, kv=kv.states, kv_units=kv.units, output=output, x=x, x_scale=x_scale, x_query=x_query, fro=fro, scale=p.scale,
+        GROUP=p.group, SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge,
+        **p.geometry, **p.values, **p.numerics, **p.config.forward.launch_options(),
+    )  # fmt: skip
+    return _Solved(output, x, x_scale, x_query, fro)
+
+
+class _Adjoint(NamedTuple):
+    """Stage A's results: gradients that are final, and what stages B and C read."""
+
+    dq: Tensor
+    d_alpha: Tensor | None
+    d_ridge_scale: Tensor | None
+    d_ridge_offset: Tensor | None
+    y: Tensor | None
+    y_scale: Tensor | None
+    mu: Tensor | None
+    w_local: Tensor | None
+    pi: Tensor
+
+
+def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _States) -> _Adjoint:
+    """Stage A."""
+    result = _Adjoint(
+        dq=torch.empty_like(p.q),
+        d_alpha=None if p.alpha is None else torch.empty_like(p.alpha),
+        d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
+        d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
+        y=p.new(p.B, p.T, p.H, p.D, dtype=p.operand) if p.solve else None,
+        y_scale=p.per_token(p.solve),
+        mu=p.per_token(p.solve),
+        w_local=p.per_token(p.solve),
+        pi=p.new(p.B, p.T, p.H),
+    )
+    chunk_backward_solve_kernel[p.chunk_grid](
+        grad=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, x=solved.x, x_scale=solved.x_scale,
+        x_query=solved.x_query, fro=solved.fro, kk=kk.states, kk_units=kk.units, kv=kv.states, kv_units=kv.units, scale=p.scale, GROUP=p.group,
+        SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **result._asdict(), **p.tables, **p.ridge,
+        **p.geometry, **p.values, **p.numerics, **p.config.backward_solve.launch_options(),
+    )  # fmt: skip
+    return result
+
+
+class _StateGradients(NamedTuple):
+    """Stage B's results: R⁺ (with w⁺) and Ξ⁺ of every chunk, and the gradients of the initial states."""
+
+    kk: _States
+    w_next: Tensor | None
+    kv: _States
+
+
+def state_gradients(
+    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, d_final_kk: Tensor | None,
+    d_final_kv: Tensor | None,
+) -> _StateGradients:  # fmt: skip
+    """Stage B."""
+    options = p.config.backward_state.launch_options()
+    kk, w_next, kv = _NO_STATES, None, _NO_STATES
+    if p.solve or d_final_kk is not None:
+        states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
+        units = p.new(p.chunks, p.H, p.block_d // p.config.block_n)
+        w_next = p.new(p.chunks, p.H)
+        d_initial = None if p.initial_kk is None else torch.empty_like(p.initial_kk)
+        chunk_backward_state_kk_kernel[(p.block_d // p.config.block_n, p.N * p.H)](
+            q=p.q, k=p.k, x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, y=adjoint.y, y_scale=adjoint.y_scale,
+            mu=adjoint.mu, w_local=adjoint.w_local, **p.gate, beta=p.beta, initial=p.initial_kk, d_final=d_final_kk,
+            states=states, units=units, w_next=w_next, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
+            GROUP=p.group, BLOCK_N=p.config.block_n, **p.geometry, **p.numerics, **options,
+        )  # fmt: skip
+        kk = _States(states, units, d_initial)
+    if p.v is not None:
+        states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
+        units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
+        d_initial = None if p.initial_kv is None else torch.empty_like(p.initial_kv)
+        chunk_backward_state_kv_kernel[(p.v_pad // p.config.block_v, p.N * p.H)](
+            q=p.q, x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, d_output=d_output, **p.gate, alpha=p.alpha,
+            d_final=d_final_kv, states=states, units=units, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
+            scale=p.scale, V=p.V, BLOCK_V=p.config.block_v, V_PAD=p.v_pad, **p.geometry, **p.numerics, **options,
+        )  # fmt: skip
+        kv = _States(states, units, d_initial)
+    return _StateGradients(kk, w_next, kv)
+
+
+class _TokenGradients(NamedTuple):
+    """Stage C's results; the keys' and values' per query head, the gate's as partial sums over chunks."""
+
+    dk: Tensor
+    dv: Tensor | None
+    d_beta: Tensor | None
+    d_log_decay: Tensor | None
+    d_A_log: Tensor | None
+    d_dt_bias: Tensor | None
+
+
+def token_gradients(
+    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
+    incoming: _StateGradients,
+) -> _TokenGradients:  # fmt: skip
+    """Stage C."""
+    dtype = p.q.dtype if p.group == 1 else torch.float32
+    partial = p.A_log is not None
+    result = _TokenGradients(
+        dk=p.new(p.B, p.T, p.H, p.D, dtype=dtype),
+        dv=None if p.v is None else p.new(p.B, p.T, p.H, p.V, dtype=dtype),
+        d_beta=None if p.beta is None else torch.empty_like(p.beta),
+        d_log_decay=None if p.log_decay is None else torch.empty_like(p.log_decay),
+        d_A_log=p.new(p.chunks, p.H).zero_() if partial else None,
+        d_dt_bias=p.new(p.chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
+    )
+    chunk_backward_gradient_kernel[p.chunk_grid](
+        q=p.q, k=p.k, v=p.v, d_output=d_output, **p.gate, alpha=p.alpha, beta=p.beta,
+        x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, fro=solved.fro, y=adjoint.y, y_scale=adjoint.y_scale,
+        w_local=adjoint.w_local, pi=adjoint.pi, kk=kk.states, kk_units=kk.units, kv=kv.states, kv_units=kv.units,
+        dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next, dkv=incoming.kv.states,
+        dkv_units=incoming.kv.units, scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand],
+        **result._asdict(), **p.tables, **p.geometry, **p.values, **p.numerics,
+        **p.config.backward_gradient.launch_options(),
+    )  # fmt: skip
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+def _forward(p: _Problem, output_final_state: bool, x_dtype: torch.dtype | None) -> tuple[_Solved, _States, _States]:
+    with _on_device(p.q):
+        kk = key_key_states(p, output_final_state) if p.solve or output_final_state else _NO_STATES
+        kv = key_value_states(p, output_final_state) if p.v is not None else _NO_STATES
+        if p.tokens == 0:
+            output = None if p.v is None else torch.empty_like(p.q[..., :1].expand(*p.q.shape[:-1], p.V))
+            x = None if x_dtype is None else p.q.new_empty(p.q.shape, dtype=x_dtype)
+            packed = x_dtype == torch.float16
+            solved = _Solved(output, x, p.per_token(packed), p.per_token(packed), p.per_token(x_dtype is not None))
+        else:
+            solved = solve_and_read_out(p, kk, kv, x_dtype)
+    return solved, kk, kv
+
+
+def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
+    return p.empty() if tensor is None else tensor
+
+
+def chunk_solve(
+    q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
+    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state,
+):  # fmt: skip
+    p = _Problem(
+        q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
+        cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm,
+    )  # fmt: skip
+    solved, kk, _ = _forward(p, output_final_state, torch.float32)
+    fro = solved.fro if p.solve else p.new(p.B, p.T, p.H).zero_()
+    return solved.x, _or_empty(p, kk.final), fro
+
+
+def chunk_gka(
+    q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
+    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x,
+):  # fmt: skip
+    p = _Problem(
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
+        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
+    )  # fmt: skip
+    solved, kk, kv = _forward(p, output_final_state, p.operand if save_x and p.solve else None)
+    x = q.new_empty(0, dtype=p.operand) if solved.x is None else solved.x
+    residuals = (x, _or_empty(p, solved.x_scale), _or_empty(p, solved.x_query), _or_empty(p, solved.fro))
+    return solved.output, _or_empty(p, kk.final), _or_empty(p, kv.final), *residuals
+
+
+def _backward(
+    p: _Problem, grad: Tensor, d_final_kk: Tensor | None, d_final_kv: Tensor | None, solved: _Solved,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients in the order q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv."""
+    grad, d_final_kk, d_final_kv = grad.contiguous(), _contiguous(d_final_kk), _contiguous(d_final_kv)
+    d_output = None if p.v is None else grad
+    with _on_device(p.q):
+        kk = key_key_states(p, False) if p.solve or d_final_kk is not None else _NO_STATES
+        kv = key_value_states(p, False) if p.v is not None else _NO_STATES
+        if p.solve and (solved.x is None or solved.x.numel() == 0):
+            solved = solve_and_read_out(p, kk, kv, p.operand, read_out=False)
+        adjoint = adjoint_solve(p, grad, solved, kk, kv)
+        incoming = state_gradients(p, d_output, solved, adjoint, d_final_kk, d_final_kv)
+        tokens = token_gradients(p, d_output, solved, adjoint, kk, kv, incoming)
+
+    def over_groups(per_query_head: Tensor | None, like: Tensor | None) -> Tensor:
+        if per_query_head is None or like is None:
+            return p.empty()
+        if p.group == 1:
+            return per_query_head
+        return per_query_head.view(p.B, p.T, p.Hkv, p.group, -1).sum(3).to(like.dtype)
+
+    def of_ridge(per_token: Tensor | None, tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return p.empty()
+        if per_token is None:
+            return torch.zeros_like(tensor)
+        return (per_token if tensor.ndim == 3 else per_token.sum((0, 1))).to(tensor.dtype)
+
+    def of_parameter(partial: Tensor | None, tensor: Tensor | None) -> Tensor:
+        return p.empty() if partial is None or tensor is None else partial.sum(0).to(tensor.dtype)
+
+    def of_state(d_initial: Tensor | None, initial: Tensor | None) -> Tensor:
+        if initial is None:
+            return p.empty()
+        return torch.zeros_like(initial) if d_initial is None else d_initial
+
+    return (
+        adjoint.dq,
+        over_groups(tokens.dk, p.k),
+        over_groups(tokens.dv, p.v),
+        _or_empty(p, tokens.d_log_decay),
+        _or_empty(p, adjoint.d_alpha),
+        _or_empty(p, tokens.d_beta),
+        of_ridge(adjoint.d_ridge_scale, p.ridge_scale_tensor),
+        of_ridge(adjoint.d_ridge_offset, p.ridge_offset_tensor),
+        of_parameter(tokens.d_A_log, p.A_log),
+        of_parameter(tokens.d_dt_bias, p.dt_bias),
+        of_state(incoming.kk.final, p.initial_kk),
+        of_state(incoming.kv.final, p.initial_kv),
+    )
+
+
+def _backward_of_nothing(inputs: tuple[Tensor | None, ...], d_final_kk, d_final_kv, like: Tensor) -> tuple[Tensor, ...]:
+    """No tokens: the states pass through, so do their gradients; everything else is zero."""
+    *rest, initial_kk, initial_kv = inputs
+    gradients = [like.new_empty(0, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in rest]
+    for initial, d_final, symmetric in ((initial_kk, d_final_kk, True), (initial_kv, d_final_kv, False)):
+        if initial is None:
+            gradients.append(like.new_empty(0, dtype=torch.float32))
+        elif d_final is None:
+            gradients.append(torch.zeros_like(initial))
+        else:
+            gradients.append(0.5 * (d_final + d_final.mT) if symmetric else d_final.clone())
+    return tuple(gradients)
+
+
+def chunk_solve_backward(
+    dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
+    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm,
+):  # fmt: skip
+    inputs = (
+        q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
+    )  # fmt: skip
+    if q.numel() == 0:
+        gradients = _backward_of_nothing(inputs, d_final_kk, None, q)
+    else:
+        p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm)
+        gradients = _backward(p, dx, d_final_kk, None, _Solved(None, x, None, None, fro))
+    dq, dk, _, d_log_decay, _, d_beta, *rest, d_initial_kk, _ = gradients
+    return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
+
+
+def chunk_gka_backward(
+    d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
+    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
+    qk_l2norm,
+):  # fmt: skip
+    inputs = (
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
+        initial_kv,
+    )  # fmt: skip
+    if q.numel() == 0:
+        return _backward_of_nothing(inputs, d_final_kk, d_final_kv, q)
+    p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
+    packed = x_scale.numel() > 0
+    solved = _Solved(None, x, x_scale if packed else None, x_query if packed else None, fro)
+    return _backward(p, d_output, d_final_kk, d_final_kv, solved)
+
+
+def recurrent_gka(
+    q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
+    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
+):  # fmt: skip
+    B, T, H, D = q.shape
+    V = v.shape[-1]
+    output = q.new_empty(B, T, H, V)
+    if output.numel() == 0:
+        return output
+    is_fp32 = q.dtype == torch.float32
+    block_d = _padded(D)
+    config = recurrent_config(block_d, _padded(V), is_fp32)
+    operand = torch.float32 if is_fp32 else torch.float16
+    with _on_device(q):
+        recurrent_kernel[(H, B)](
+            q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
+            A_log=_contiguous(A_log), dt_bias=_contiguous(dt_bias), alpha=_contiguous(alpha), beta=_contiguous(beta),
+            ridge_scale_tensor=_contiguous(ridge_scale_tensor), ridge_offset_tensor=_contiguous(ridge_offset_tensor),
+            kk=kk, kv=kv, state_indices=_contiguous(state_indices), output=output, ridge_scale=ridge_scale,
+            ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
+            BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
+            ROWS=config.rows, SOLVE=num_iter > 0,
+            SCALE_PER_TOKEN=ridge_scale_tensor is not None and ridge_scale_tensor.ndim == 3,
+            OFFSET_PER_TOKEN=ridge_offset_tensor is not None and ridge_offset_tensor.ndim == 3,
+            CONSTANT_DELTA=ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
+            QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
+            OPERAND=_TRITON_DTYPES[operand], PRECISION=config.precision, **config.kernel.launch_options(),
+        )  # fmt: skip
+    return output

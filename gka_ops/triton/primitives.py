@@ -1,0 +1,303 @@
+"""What the kernels share: chunk geometry, operand scaling, gates, norms and the Chebyshev iteration.
+
+NOTE [Operands and units]
+  Tensor-core operands are fp16 (fp32 for fp32 inputs), so their range must be kept by hand. Every operand is divided by a
+  power of two, which is exact, and the factor travels beside it in fp32 as its "unit": rows of q, k, v and right-hand sides
+  by their own largest entry, state tiles by the tile's. ℓ2 normalisation and β never touch the operands: the effective key
+  is κ_s·k̂_s with k̂_s the scaled row and κ_s = β_s·unit_s, or β_s/max(‖k̂_s‖, ε/unit_s) when normalised. So k̂ is exactly the
+  key that came in (bf16 mantissas fit fp16), and the state pass and the solve use the very same vector.
+
+Notation: i_ program and loop indices, o_ offset vectors, m_ masks, p_ pointers, b_ tiles; CAPITALS are constexpr. Shapes in
+comments use C tokens of a chunk, D and V head dimensions (padded to powers of two, BLOCK_D and BLOCK_V).
+"""
+
+import triton
+import triton.language as tl
+
+
+# ------------------------------------------------------------------------------------------------------------ units
+@triton.jit
+def pow2_floor(b):
+    """2^⌊log2 b⌋ for b >= 0, elementwise; 1 where b is zero or subnormal."""
+    bits = b.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(bits > 0, bits.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def scale_rows(b):
+    """[R, N] fp32 -> rows divided by a power of two to a largest entry in [1, 2), and those units [R]."""
+    unit = pow2_floor(tl.max(tl.abs(b), axis=1))
+    return b * (1 / unit)[:, None], unit
+
+
+@triton.jit
+def scale_tile(b):
+    """[R, N] fp32 -> the tile divided by a power of two to a largest entry in [1, 2), and that unit."""
+    unit = pow2_floor(tl.max(tl.max(tl.abs(b), axis=1), axis=0))
+    return b * (1 / unit), unit
+
+
+@triton.jit
+def dot_split(b_x, b_y, PRECISION: tl.constexpr):
+    """x @ y for fp32 x [M, K] and operand y [K, N], x split into two fp16 terms so that its rounding does not show."""
+    if b_y.dtype == tl.float16:
+        b_hi = b_x.to(tl.float16)
+        b_lo = (b_x - b_hi.to(tl.float32)).to(tl.float16)
+        return tl.dot(b_lo, b_y, tl.dot(b_hi, b_y))
+    else:
+        return tl.dot(b_x, b_y, input_precision=PRECISION)
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+@triton.jit
+def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
+    """Chunk -> (sequence, first token, end of the sequence, chunk ends its sequence). Tokens count through the batch."""
+    if cu_seqlens is None:
+        n_chunks = tl.cdiv(T, C)
+        i_n = i_c // n_chunks
+        start = i_n * T + (i_c % n_chunks) * C
+        end = (i_n + 1) * T
+    else:
+        i_n = tl.load(chunk_sequence + i_c).to(tl.int32)
+        first = tl.load(cu_seqlens + i_n).to(tl.int32)
+        end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
+        start = first + (i_c - tl.load(chunk_offsets + i_n).to(tl.int32)) * C
+    return i_n, start, end
+
+
+@triton.jit
+def sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
+    """Sequence -> (first token, end, first chunk, number of chunks)."""
+    if cu_seqlens is None:
+        n_chunks = tl.cdiv(T, C)
+        start = i_n * T
+        end = start + T
+        first_chunk = i_n * n_chunks
+    else:
+        start = tl.load(cu_seqlens + i_n).to(tl.int32)
+        end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
+        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int32)
+        n_chunks = tl.cdiv(end - start, C)
+    return start, end, first_chunk, n_chunks
+
+
+@triton.jit
+def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(p, b, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    tl.store(p + o_row[:, None] * D + o_d[None, :], b.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_scalars(p, o_row, m_t, default):
+    """A per-token scalar [C] in fp32, or ``default`` where the tensor is absent; ``default`` outside."""
+    if p is None:
+        return tl.where(m_t, default, default).to(tl.float32)
+    else:
+        return tl.load(p + o_row, mask=m_t, other=default).to(tl.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ gates
+@triton.jit
+def softplus(b):
+    return tl.where(b > 0, b, 0.0) + tl.log(1 + tl.exp(-tl.abs(b)))
+
+
+@triton.jit
+def sigmoid(b):
+    return 1 / (1 + tl.exp(-b))
+
+
+@triton.jit
+def load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY: tl.constexpr):
+    """g [C]: given, or −exp(A_log)·softplus(a + dt_bias); clamped from below, 0 outside (MATH.md §1)."""
+    b_g = load_scalars(log_decay, o_row, m_t, 0.0)
+    if A_log is not None:
+        if dt_bias is not None:
+            b_g += tl.load(dt_bias + i_h).to(tl.float32)
+        b_g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus(b_g)
+    b_g = tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g)  # a NaN stays a NaN
+    return tl.where(m_t, b_g, 0.0)
+
+
+@triton.jit
+def decay_matrix(b_c, C: tl.constexpr):
+    """M_ts = e^{c_t − c_s} for s <= t, else 0 (MATH.md §2); masked before exp."""
+    o_c = tl.arange(0, C)
+    causal = o_c[:, None] >= o_c[None, :]
+    return tl.exp(tl.where(causal, b_c[:, None] - b_c[None, :], float("-inf")))
+
+
+@triton.jit
+def row_norm(b, unit, NORM_EPS: tl.constexpr):
+    """max(‖b‖, ε/unit) of scaled rows [C, D]: times ``unit`` it is the ℓ2 norm that normalisation divides by."""
+    norm = tl.sqrt(tl.sum(b * b, axis=1))
+    floor = NORM_EPS / unit
+    return tl.where(norm < floor, floor, norm)
+
+
+@triton.jit
+def key_weight(b_k, unit, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """κ [C] with effective key κ_s·k̂_s, from scaled key rows k̂ [C, D] and β [C]; 0 for a zero key."""
+    if QK_L2NORM:
+        weight = b_beta / row_norm(b_k, unit, NORM_EPS)
+    else:
+        weight = b_beta * unit
+    return tl.where(tl.max(tl.abs(b_k), axis=1) == 0, 0.0, weight)
+
+
+@triton.jit
+def query_weight(b_q, unit, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """[C] with effective query weight_t·q̂_t, from scaled query rows q̂ [C, D]."""
+    if QK_L2NORM:
+        return 1 / row_norm(b_q, unit, NORM_EPS)
+    else:
+        return unit
+
+
+@triton.jit
+def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):
+    """A part of the ridge [C]: the float, the head's, or the tokens' own."""
+    if p is None:
+        return tl.where(m_t, value, value).to(tl.float32)
+    else:
+        if PER_TOKEN:
+            return tl.load(p + o_row, mask=m_t, other=1.0).to(tl.float32)
+        else:
+            b = tl.load(p + i_h).to(tl.float32)
+            return tl.where(m_t, b, b)
+
+
+# ------------------------------------------------------------------------------------------------------- the system
+@triton.jit
+def load_state(p, p_unit, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column block ``i_col`` of a stored chunk state [.., ROWS, n·BLOCK] with its unit."""
+    o_r, o_c = tl.arange(0, ROWS), i_col * BLOCK + tl.arange(0, BLOCK)
+    b = tl.load(p + i_state * ROWS * COLS + o_r[:, None] * COLS + o_c[None, :])
+    return b, tl.load(p_unit + i_state * (COLS // BLOCK) + i_col)
+
+
+@triton.jit
+def load_square_state(p, p_unit, i_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A whole stored key-key state [BLOCK_D, BLOCK_D] under one unit; its column blocks were stored under their own."""
+    o_r, o_c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D)
+    b = tl.load(p + i_state * BLOCK_D * BLOCK_D + o_r[:, None] * BLOCK_D + o_c[None, :])
+    units = tl.load(p_unit + i_state * (BLOCK_D // BLOCK_N) + o_c // BLOCK_N)
+    unit = tl.max(units, axis=0)
+    return (b * (units / unit)[None, :]).to(b.dtype), unit
+
+
+@triton.jit
+def frobenius_norm(b_k, kappa, b_h, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
+    """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
+
+    F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
+    """
+    o_c = tl.arange(0, C)
+    b_h32 = b_h.to(tl.float32)
+    f_c = tl.sqrt(tl.sum(tl.sum(b_h32 * b_h32, axis=1), axis=0)) * h_unit
+    weight = kappa * kappa
+    unit = pow2_floor(tl.maximum(tl.max(weight, axis=0), f_c))  # F in units of the chunk's largest term: no overflow
+    weight = weight / unit
+    b_kh = tl.dot(b_k, b_h, input_precision=PRECISION)
+    k_h_k = tl.sum(b_kh * b_k.to(tl.float32), axis=1) * (h_unit / unit)
+    b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_pair = b_gram * b_gram * b_m * weight[:, None] * weight[None, :]
+    diagonal = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_pair, 0.0), axis=1)
+    j = 2 * gamma * weight * k_h_k + 2 * tl.sum(b_pair, axis=1) - diagonal
+    f_c = f_c / unit
+    fro2 = gamma * gamma * f_c * f_c + tl.sum(b_m * b_m * j[None, :], axis=1)
+    return tl.sqrt(tl.where(fro2 < 0, 0.0, fro2)) * unit
+
+
+@triton.jit
+def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr):
+    """(1/η, weight of H) [C] of the normalised system (H_t + λ_t I)/η_t, η_t = F_t + λ_t (MATH.md §3.1, edge cases §2).
+
+    1/η is 0 on dead rows, which makes x 0; the weight of H is 0 also where F <= F_min, which makes x = q/b.
+    """
+    vanishing = fro <= FRO_MIN
+    dead = fro + ridge_scale * fro + ridge_offset <= FRO_MIN
+    f = tl.where(vanishing & (ridge_offset > 0), 0.0, fro)
+    eta = f + ridge_scale * f + ridge_offset
+    inv_eta = tl.where(dead, 0.0, 1 / tl.where(dead, 1.0, eta))
+    return inv_eta, tl.where(vanishing & (ridge_offset > 0), 0.0, inv_eta)
+
+
+@triton.jit
+def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexpr):
+    """z ≈ B^{-1} b for the rows b [C, BLOCK_D] fp32 by n = num_iter applications of B, increment form (MATH.md §3.1, 3.3).
+
+    B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1]; without the middle term where ``b_k`` is None.
+    ``delta`` is a scalar or [C, 1]. The increment is rounded to the operand type before anything uses it, so r stays the
+    true residual of z.
+    """
+    theta = 0.5 * (1 + delta)
+    h2 = 0.25 * (1 - delta) * (1 - delta)
+    nu = 1 / theta
+    b_d = (nu * b_b).to(b_h.dtype)
+    b_z = b_d.to(tl.float32)
+    b_r = b_b
+    for _ in range(num_iter):
+        b_d32 = b_d.to(tl.float32)
+        if b_k is not None:
+            b_s = tl.dot(b_d, tl.trans(b_k), input_precision=PRECISION)
+            b_r = tl.dot((b_s * -b_psi).to(b_h.dtype), b_k, b_r, input_precision=PRECISION)
+        b_r = tl.dot((b_d32 * -phi[:, None]).to(b_h.dtype), b_h, b_r, input_precision=PRECISION)
+        b_r -= delta * b_d32
+        nu_next = 1 / (2 * theta - h2 * nu)
+        b_d = (h2 * nu * nu_next * b_d32 + 2 * nu_next * b_r).to(b_h.dtype)
+        b_z += b_d.to(tl.float32)
+        nu = nu_next
+    return b_z
+
+
+@triton.jit
+def normalise_rows_backward(b_d, b_hat, unit, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Gradient of the rows that came in from that of the normalised rows (MATH.md §4.5); b_hat are the scaled rows."""
+    if QK_L2NORM:
+        norm = row_norm(b_hat, unit, NORM_EPS)
+        b_unit = b_hat * (1 / norm)[:, None]
+        radial = tl.sum(b_unit * b_d, axis=1)
+        radial = tl.where(norm > NORM_EPS / unit, radial, 0.0)  # at or below ε the denominator is constant
+        return (b_d - b_unit * radial[:, None]) * (1 / (norm * unit))[:, None]
+    else:
+        return b_d
+
+
+# ------------------------------------------------------------------------------------------------ the solution's rows
+@triton.jit
+def split_along_query(b_x, b_q):
+    """x = c·q + w [C, BLOCK_D] with w orthogonal to q: returns (w, c [C]).
+
+    With a short memory x is large and nearly parallel to q outside the span of the keys; w is small there, so rounding w to
+    fp16 leaves the part that keys and values see intact, which rounding x would not.
+    """
+    square = tl.sum(b_q * b_q, axis=1)
+    c = tl.sum(b_x * b_q, axis=1) / tl.where(square == 0, 1.0, square)
+    return b_x - c[:, None] * b_q, c
+
+
+@triton.jit
+def load_query(
+    q, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr
+):
+    """Scaled rows q̂ [C, BLOCK_D] in fp32, the weight [C] with effective query weight_t·q̂_t, and the rows' units [C]."""
+    b_q, unit_q = scale_rows(load_rows(q, o_row, m_t, o_d, D, BLOCK_D))
+    return b_q, query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS), unit_q
+
+
+@triton.jit
+def load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x [C, BLOCK_D] in fp32: stored as it is, or as x = x_query·q + x_scale·x̂ of the effective query columns ``b_q``."""
+    b_x = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
+    if x_scale is not None:
+        b_x *= load_scalars(x_scale, o_row, m_t, 1.0)[:, None]
+        b_x += load_scalars(x_query, o_row, m_t, 0.0)[:, None] * b_q
+    return b_x

@@ -1,0 +1,337 @@
+"""The operators' implementation by the eager reference: CPU, fp64, and ``impl="reference"`` on any device.
+
+One function for each operator of ``torch.ops.gka``, with the operator's own signature less the trailing ``impl``,
+called positionally. Outputs are fresh, contiguous tensors; one that does not apply is an empty [0] tensor. Equations:
+:mod:`gka_ops.reference.chebyshev` (docs/math.md §1–3), :mod:`gka_ops.reference.adjoint` (§4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gka_ops.reference import adjoint, chebyshev
+from gka_ops.reference.chebyshev import Inputs, compute_dtype
+
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return q.new_empty(0, dtype=dtype or compute_dtype(q.dtype))
+
+
+def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype in _SIXTEEN_BIT else dtype
+
+
+def _part(value: float, tensor: Tensor | None) -> float | Tensor:
+    """A ridge part: its tensor where there is one, else its float."""
+    return value if tensor is None else tensor
+
+
+def _without_values(k: Tensor) -> Tensor:
+    """Values [B, T, Hkv, 0] of the solve alone."""
+    return k.new_empty(*k.shape[:3], 0)
+
+
+def _query(q: Tensor, qk_l2norm: bool) -> Tensor:
+    """The effective query rows [B, T, H, D] in the compute dtype."""
+    rows = q.to(compute_dtype(q.dtype))
+    return chebyshev.l2norm(rows) if qk_l2norm else rows
+
+
+def pack_rows(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = x_query · q + x_scale · x̂ with x_query = <x, q>/<q, q>, a power-of-two x_scale [...] and fp16 rows x̂ [..., D] of
+    ‖x̂‖ in [1, 2) (NOTE [Operator conventions] of ``gka_ops.ops``).
+
+    Exact but for the rounding of x̂ to fp16. Zero rows have scale 1.
+    """
+    square = (q * q).sum(-1)
+    x_query = (x * q).sum(-1) / torch.where(square == 0, 1.0, square)
+    x = x - x_query[..., None] * q
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    exponent = torch.frexp(norm).exponent - 1
+    scale = torch.ldexp(torch.ones_like(norm), exponent)
+    scale = torch.where((norm > 0) & norm.isfinite(), scale, 1.0)
+    return (x / scale[..., None]).to(torch.float16), scale, x_query
+
+
+def unpack_rows(x: Tensor, x_scale: Tensor, x_query: Tensor, q: Tensor) -> Tensor:
+    """The rows that :func:`pack_rows` saved, or plain rows where ``x_scale`` is empty, in the dtype of q."""
+    rows = x.to(q.dtype)
+    return rows if x_scale.ndim == 1 else x_query[..., None] * q + x_scale[..., None] * rows
+
+
+def chunk_solve(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None,
+    ridge_offset_tensor: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_kk: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ridge_scale: float,
+    ridge_offset: float,
+    num_iter: int,
+    qk_l2norm: bool,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, H, D] and ‖H_t‖_F [B, T, H] in the compute dtype, and H after each sequence [N, H, D, D].
+
+    Returns:
+        (x, final_kk, fro).
+    """
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=_without_values(k),
+        log_decay=log_decay,
+        beta=beta,
+        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
+        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_kk=initial_kk,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+    )
+    result = chebyshev.forward(inputs, num_iter)
+    return result.x, result.final_kk if output_final_state else _empty(q), result.fro
+
+
+def chunk_solve_backward(
+    dx: Tensor,
+    d_final_kk: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None,
+    ridge_offset_tensor: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_kk: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+    fro: Tensor,
+    ridge_scale: float,
+    ridge_offset: float,
+    num_iter: int,
+    qk_l2norm: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``chunk_solve`` from those of x and of the final H; ``x`` and ``fro`` are its outputs.
+
+    Returns:
+        (dq, dk, d_log_decay, d_beta, d_ridge_scale, d_ridge_offset, d_A_log, d_dt_bias, d_initial_kk), each like its
+        input; empty for an absent one.
+    """
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=_without_values(k),
+        log_decay=log_decay,
+        beta=beta,
+        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
+        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_kk=initial_kk,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+    )
+    d_output = dx.new_empty(*dx.shape[:3], 0)
+    g = adjoint.backward(inputs, x, fro, d_output, dx, d_final_kk, None, num_iter)
+    gradients = (
+        g.dq,
+        g.dk,
+        g.d_log_decay,
+        g.d_beta,
+        g.d_ridge_scale,
+        g.d_ridge_offset,
+        g.d_A_log,
+        g.d_dt_bias,
+        g.d_initial_kk,
+    )
+    return tuple(_empty(q) if gradient is None else gradient for gradient in gradients)
+
+
+def chunk_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None,
+    ridge_offset_tensor: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_kk: Tensor | None,
+    initial_kv: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ridge_scale: float,
+    ridge_offset: float,
+    num_iter: int,
+    scale: float,
+    qk_l2norm: bool,
+    output_final_state: bool,
+    save_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o [B, T, H, V] in the dtype of q, the final states, and with ``save_x`` what the backward needs.
+
+    Returns:
+        (output, final_kk, final_kv, x, x_scale, x_query, fro); x packed for 16-bit inputs (:func:`pack_rows`).
+    """
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        alpha=alpha,
+        beta=beta,
+        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
+        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_kk=initial_kk,
+        initial_kv=initial_kv,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+    )
+    result = chebyshev.forward(inputs, num_iter, scale)
+    x, x_scale, x_query, fro = _empty(q, _residual_dtype(q.dtype)), _empty(q), _empty(q), _empty(q)
+    if save_x and num_iter > 0:
+        x, fro = result.x, result.fro
+        if q.dtype in _SIXTEEN_BIT:
+            x, x_scale, x_query = pack_rows(x, _query(q, qk_l2norm))
+    final_kk, final_kv = (result.final_kk, result.final_kv) if output_final_state else (_empty(q), _empty(q))
+    return result.output.to(q.dtype), final_kk, final_kv, x, x_scale, x_query, fro
+
+
+def chunk_gka_backward(
+    d_output: Tensor,
+    d_final_kk: Tensor | None,
+    d_final_kv: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None,
+    ridge_offset_tensor: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_kk: Tensor | None,
+    initial_kv: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor,
+    x_query: Tensor,
+    fro: Tensor,
+    ridge_scale: float,
+    ridge_offset: float,
+    num_iter: int,
+    scale: float,
+    qk_l2norm: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``chunk_gka``. With ``num_iter > 0`` and an empty ``x``, x and ‖H_t‖_F are computed anew.
+
+    Returns:
+        (dq, dk, dv, d_log_decay, d_alpha, d_beta, d_ridge_scale, d_ridge_offset, d_A_log, d_dt_bias, d_initial_kk,
+        d_initial_kv), each like its input; empty for an absent one.
+    """
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        alpha=alpha,
+        beta=beta,
+        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
+        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_kk=initial_kk,
+        initial_kv=initial_kv,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+    )
+    if num_iter > 0 and x.ndim == 1:
+        result = chebyshev.forward(inputs, num_iter, scale)
+        rows, fro = result.x, result.fro
+    else:
+        rows = unpack_rows(x, x_scale, x_query, _query(q, qk_l2norm))
+    gradients = adjoint.backward(inputs, rows, fro, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
+    return tuple(_empty(q) if gradient is None else gradient for gradient in gradients)
+
+
+def recurrent_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None,
+    ridge_offset_tensor: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    kk: Tensor,
+    kv: Tensor,
+    state_indices: Tensor | None,
+    ridge_scale: float,
+    ridge_offset: float,
+    num_iter: int,
+    scale: float,
+    qk_l2norm: bool,
+) -> Tensor:
+    """Decode (docs/math.md §5): advances the pool ``kk`` [S, H, D, D], ``kv`` [S, H, D, V] in place, token by token.
+
+    ‖H_t‖_F is the norm of the updated H. A negative entry of ``state_indices`` [B] is padding: output 0, no slot is
+    changed.
+
+    Returns:
+        o [B, T, H, V] in the dtype of q.
+    """
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        alpha=alpha,
+        beta=beta,
+        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
+        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
+        A_log=A_log,
+        dt_bias=dt_bias,
+        qk_l2norm=qk_l2norm,
+    )
+    B, T, H = q.shape[:3]
+    output = q.new_zeros(B, T, H, v.shape[-1])
+    if state_indices is None:
+        state_indices = torch.arange(B, device=q.device)
+    rows = torch.nonzero(state_indices >= 0)[:, 0]
+    slots = state_indices[rows].to(torch.int64)
+
+    # One chunk of one token each: the token axis of these operands is their chunk axis.
+    table = chebyshev.chunk_table(T, None, 1, q.device)
+    operands = chebyshev.effective_operands(inputs, table)
+    operands = chebyshev.Operands(*(part.index_select(0, rows)[:, :, :, 0] for part in operands))
+    H_t, U_t = kk.index_select(0, slots), kv.index_select(0, slots)
+    for t in range(T):
+        now = chebyshev.Operands(*(part[:, :, t] for part in operands))
+        decay = now.g.exp()[..., None, None]
+        H_t = decay * H_t + now.k[..., :, None] * now.k[..., None, :]
+        U_t = decay * U_t + now.k[..., :, None] * now.v[..., None, :]
+        m = now.q
+        if num_iter > 0:
+            x = chebyshev.dense_solve(H_t, now.q, now.r, now.b, num_iter)
+            m = chebyshev.mix(now.q, x, now.alpha)
+        output[rows, t] = (scale * (m[..., None, :] @ U_t)[..., 0, :]).to(q.dtype)
+    kk.index_copy_(0, slots, H_t)
+    kv.index_copy_(0, slots, U_t)
+    return output

@@ -1,0 +1,233 @@
+"""The Triton kernels on the card against the fp64 reference: shapes, head groups and every option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import gka_ops
+from tests.helpers import contract
+from tests.helpers.problems import (
+    Problem,
+    cotangents,
+    evaluate,
+    make_problem,
+    norm_error,
+    run_gka,
+    run_solve,
+    summarise,
+    token_errors,
+)
+
+pytestmark = pytest.mark.gpu
+
+STATE = 2e-3
+"""Bar of final states: operands enter the recurrence once, rounded to fp16 with weights (u = 4.9e-4)."""
+
+
+def problem_on_card(**options: Any) -> Problem:
+    options = {"dtype": torch.bfloat16, "qk_l2norm": True, **options}
+    return make_problem(device="cuda", **options)
+
+
+def check(problem: Problem, num_iter: int = 30, loose: bool = False) -> None:
+    """Forward, final states and every gradient, also through the final states, within the contract's bars."""
+    oracle_iterations = contract.ORACLE_ITERATIONS if num_iter else 0
+    with torch.no_grad():
+        upstream = cotangents(run_gka(problem, num_iter=num_iter, impl="triton"))
+    actual = evaluate(lambda p: run_gka(p, num_iter=num_iter, impl="triton"), problem, upstream)
+    expected = evaluate(
+        lambda p: run_gka(p, num_iter=oracle_iterations, impl="reference"), problem.double(), upstream
+    )
+    o = summarise(token_errors(actual.outputs["output"], expected.outputs["output"]))
+    assert o.p99 <= (contract.SHORT_MEMORY_O_P99 if loose else contract.O_P99), o
+    for name in ("final_kk", "final_kv"):
+        assert norm_error(actual.outputs[name], expected.outputs[name]) <= STATE, name
+    bar = contract.SHORT_MEMORY_GRADIENT if loose else contract.GRADIENT
+    errors = {n: norm_error(g, expected.gradients[n]) for n, g in actual.gradients.items()}
+    assert all(error <= bar for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 8192])
+@pytest.mark.parametrize("V", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, 128])
+def test_shapes(D: int, V: int, T: int) -> None:
+    check(problem_on_card(T=T, H=4, Hkv=2, D=D, V=V, state=True))
+
+
+@pytest.mark.parametrize("T", [65, 1000])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_head_groups(group: int, T: int) -> None:
+    check(problem_on_card(T=T, H=8, Hkv=8 // group, D=128, V=128))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch": {"B": 3},
+    "no_l2norm": {"qk_l2norm": False},
+    "no_gates": {"mean_decay": None, "alpha": False, "beta": False},
+    "no_beta": {"beta": False},
+    "no_alpha": {"alpha": False},
+    "small_beta": {"min_beta": 1e-3},
+    "decay_gate": {"gate": True},
+    "decay_gate_no_bias": {"gate": True, "dt_bias": False},
+    "float_offset": {"ridge_offset": 0.05},
+    "head_ridge": {"ridge": "head", "ridge_offset": 0.01},
+    "token_ridge": {"ridge": "token", "ridge_offset": 0.01},
+    "packed": {"seq_lengths": (5, 0, 64, 1, 200, 63), "state": True},
+    "packed_no_state": {"seq_lengths": (130, 70)},
+    "clustered": {"keys": "clustered"},
+    "low_rank": {"keys": "low_rank"},
+    "repeated": {"keys": "repeated"},
+    "silu": {"keys": "silu", "mean_decay": 0.0005},
+    "no_decay": {"mean_decay": None},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, dtype: torch.dtype) -> None:
+    check(problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 64, "V": 64, "dtype": dtype, **OPTIONS[name]}))
+
+
+@pytest.mark.parametrize("mean_decay", [0.5, 1.0])
+def test_short_memory(mean_decay: float) -> None:
+    check(problem_on_card(T=1000, H=4, D=128, V=128, mean_decay=mean_decay), loose=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("state", [False, True])
+def test_without_solve(state: bool, dtype: torch.dtype) -> None:
+    check(problem_on_card(T=200, H=4, Hkv=2, D=128, V=64, state=state, dtype=dtype), num_iter=0)
+
+
+@pytest.mark.parametrize("D", [16, 32, 80, 192, 256])
+def test_other_head_dimensions(D: int) -> None:
+    check(problem_on_card(T=100, H=2, D=D, V=48))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"seq_lengths": (5, 0, 64, 131)}, {"ridge": "token", "ridge_offset": 0.01}], ids=str)
+def test_chunk_solve(options: dict[str, Any], dtype: torch.dtype) -> None:
+    problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 128, "state": True, "dtype": dtype, **options})
+    with torch.no_grad():
+        upstream = cotangents(run_solve(problem, num_iter=30, impl="triton"))
+    actual = evaluate(lambda p: run_solve(p, num_iter=30, impl="triton"), problem, upstream)
+    expected = evaluate(
+        lambda p: run_solve(p, num_iter=contract.ORACLE_ITERATIONS, impl="reference"), problem.double(), upstream
+    )
+    assert summarise(token_errors(actual.outputs["x"], expected.outputs["x"])).p99 <= contract.X_P99
+    assert norm_error(actual.outputs["final_kk"], expected.outputs["final_kk"]) <= STATE
+    errors = {n: norm_error(g, expected.gradients[n]) for n, g in actual.gradients.items()}
+    assert all(error <= contract.GRADIENT for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decode_under_load(dtype: torch.dtype, D: int, tokens: int, num_iter: int) -> None:
+    """128 sequences of 8 heads fill the card; slots are permuted and some rows are padding."""
+    B, H, V = 128, 8, 64
+    p = problem_on_card(B=B, T=tokens, H=H, Hkv=2, D=D, V=V, gate=True, state=True, dtype=dtype)
+    assert p.initial_kk is not None and p.initial_kv is not None
+    slots = torch.randperm(B, generator=torch.Generator().manual_seed(3)).to("cuda")
+    slots[::16] = -1
+    kept = slots >= 0
+    kk, kv = torch.empty_like(p.initial_kk), torch.empty_like(p.initial_kv)
+    free = torch.tensor(sorted(set(range(B)) - set(slots[kept].tolist())), device="cuda")
+    for pool, initial in ((kk, p.initial_kk), (kv, p.initial_kv)):
+        pool[slots[kept]] = initial[kept]
+        pool[free] = float("nan")  # untouched slots
+    output = gka_ops.recurrent_gka(
+        p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=gka_ops.GKAState(kk, kv), state_indices=slots,
+        num_iter=num_iter, qk_l2norm=True, gate=gka_ops.DecayGate(p.A_log, p.dt_bias), impl="triton",
+    )  # fmt: skip
+    expected = run_gka(p.double(), num_iter=contract.ORACLE_ITERATIONS if num_iter else 0, impl="reference")
+    assert output[~kept].eq(0).all()
+    assert kk[free].isnan().all() and kv[free].isnan().all()
+    assert summarise(token_errors(output[kept], expected["output"][kept])).p99 <= contract.O_P99
+    # The states advance in fp32 from operands that are exact but for the normalisation: a few roundings each.
+    assert norm_error(kk[slots[kept]], expected["final_kk"][kept]) <= 1e-6
+    assert norm_error(kv[slots[kept]], expected["final_kv"][kept]) <= 1e-6
+
+
+def test_decode_continues_a_prefill() -> None:
+    p = problem_on_card(B=4, T=70, H=4, Hkv=2, D=128, V=128)
+    whole = run_gka(p, num_iter=30)
+    first = p.tokens(0, 65)
+    prefill = gka_ops.chunk_gka(
+        first.q, first.k, first.v, first.log_decay, first.alpha, first.beta, num_iter=30, qk_l2norm=True,
+        output_final_state=True,
+    )  # fmt: skip
+    assert prefill.final_state is not None
+    for t in range(65, 70):
+        now = p.tokens(t, t + 1)
+        output = gka_ops.recurrent_gka(
+            now.q, now.k, now.v, now.log_decay, now.alpha, now.beta, state=prefill.final_state, num_iter=30,
+            qk_l2norm=True,
+        )  # fmt: skip
+        assert summarise(token_errors(output, whole["output"][:, t : t + 1])).p99 <= contract.O_P99
+
+
+def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer starts as NaN; no NaN may reach an output or a gradient."""
+    from gka_ops.triton import launch
+
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(
+        launch._Problem, "new",
+        lambda self, *shape, dtype=torch.float32: empty(self.q, shape, dtype=dtype).fill_(float("nan")),
+    )  # fmt: skip
+    monkeypatch.setattr(launch.torch, "empty_like", lambda t, **k: empty_like(t, **k).fill_(float("nan")))
+    for options in ({"T": 100}, {"seq_lengths": (70, 0, 30)}):
+        check(problem_on_card(**{"H": 4, "Hkv": 2, "D": 64, "V": 64, "gate": True, "state": True, **options}))
+
+
+def test_results_repeat_bit_for_bit_and_ignore_the_rest_of_the_batch() -> None:
+    p = problem_on_card(B=4, T=300, H=4, Hkv=2, D=128, V=128, state=True)
+    upstream = cotangents(run_gka(p, num_iter=30))
+
+    def run(problem: Problem, upstream: dict[str, torch.Tensor]) -> Any:
+        return evaluate(lambda q: run_gka(q, num_iter=30, impl="triton"), problem, upstream)
+
+    first, second = run(p, upstream), run(p, upstream)
+    alone = run(p.map(lambda _, t: t[2:3]), {n: t[2:3] for n, t in upstream.items()})
+    for kind in ("outputs", "gradients"):
+        for name, value in getattr(first, kind).items():
+            assert torch.equal(value, getattr(second, kind)[name]), name
+            assert torch.equal(value[2:3], getattr(alone, kind)[name]), name
+
+
+def test_nan_stays_in_its_sequence_and_head() -> None:
+    p = problem_on_card(B=2, T=200, H=4, D=64, V=64)
+    clean = run_gka(p, num_iter=30)["output"]
+    p.k[0, 100, 1] = float("nan")
+    dirty = run_gka(p, num_iter=30)["output"]
+    assert dirty[0, 100:, 1].isnan().all()
+    dirty[0, 64:, 1] = clean[0, 64:, 1]
+    assert torch.equal(dirty, clean)
+
+
+def test_extreme_inputs() -> None:
+    """Zero keys, zero β, zero queries and a total decay give finite, right results."""
+    p = problem_on_card(T=200, H=2, D=64, V=64, state=False)
+    assert p.beta is not None and p.log_decay is not None
+    p.k[:, :10] = 0
+    p.beta[:, 20:30] = 0
+    p.q[:, 40:50] = 0
+    p.log_decay[:, 70] = -1e4
+    p.log_decay[:, 130] = float("-inf")
+    out = run_gka(p, num_iter=30, impl="triton")
+    expected = run_gka(p.double(), num_iter=contract.ORACLE_ITERATIONS, impl="reference")
+    assert out["output"].isfinite().all()
+    assert norm_error(out["output"], expected["output"]) <= contract.O_P99
+    assert out["output"][:, :10].eq(0).all() and out["output"][:, 40:50].eq(0).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e4])
+def test_magnitudes_of_inputs(magnitude: float) -> None:
+    """16-bit operands are scaled by powers of two: the size of keys, values and upstream gradients does not matter."""
+    p = problem_on_card(T=100, H=2, D=64, V=64, qk_l2norm=False, dtype=torch.bfloat16)
+    check(p.map(lambda name, t: t * magnitude if name in ("k", "v", "q") else t))
