@@ -44,10 +44,18 @@ class ChunkConfig:
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """The decode kernel: ``block_v`` columns of U at a time; ``rows`` of the tile that carries the query."""
+    """The decode kernel.
+
+    Attributes:
+        block_v: columns of U at a time.
+        rows: rows of the tile that carries the one query on tensor cores.
+        tensor_cores: whether the solve runs there, with H as an operand in shared memory, or by fp32 reductions.
+        precision: Triton's ``input_precision`` for fp32 operands.
+    """
 
     block_v: int
     rows: int
+    tensor_cores: bool
     precision: str
     kernel: KernelConfig
 
@@ -74,6 +82,7 @@ def recurrent_config(padded_d: int, padded_v: int, is_fp32: bool) -> RecurrentCo
     return RecurrentConfig(
         block_v=min(padded_v, 32),
         rows=16,
+        tensor_cores=padded_d <= 128,
         precision="tf32x3",
         kernel=KernelConfig(num_warps=16 if padded_d > 128 else 4, num_stages=1),
     )

@@ -47,7 +47,7 @@ def iterations_for(ridge: float, tol: float = DEFAULT_TOL) -> int:
         ValueError: ``ridge`` is not a positive finite number, ``tol`` is not in (0, 1), or the count exceeds
             ``MAX_AUTO_ITERATIONS``.
     """
-    if not (ridge > 0 and math.isfinite(ridge)):
+    if not 0 < ridge < math.inf:
         raise ValueError(f"iterations_for: expected a finite ridge > 0, got {ridge!r}")
     if not 0 < tol < 1:
         raise ValueError(f"iterations_for: expected 0 < tol < 1, got {tol!r}")

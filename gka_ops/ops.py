@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gka_ops import validation
 from gka_ops.numerics import backward_iterations
@@ -86,6 +87,12 @@ def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int | torch.SymInt:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def _refuse_forward_mode() -> None:
+    """Below the autograd kernels the tangents of ``jvp`` are gone: going on would mean a silent zero tangent."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("torch.ops.gka: expected reverse-mode differentiation, got forward mode (jvp)")
+
+
 def _like(tensor: Tensor | None, q: Tensor) -> Tensor:
     """The fake of a gradient: contiguous and like its input, or empty where the input is absent."""
     return _empty(q) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -97,6 +104,7 @@ def _chunk_solve_fake(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
     ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, impl,
 ):  # fmt: skip
+    _refuse_forward_mode()
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
     x = q.new_empty(B, T, H, D, dtype=dtype)
@@ -111,6 +119,7 @@ def _chunk_solve_backward_fake(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
     cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, impl,
 ):  # fmt: skip
+    _refuse_forward_mode()
     inputs = (q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk)
     return tuple(_like(t, q) for t in inputs)
 
@@ -120,6 +129,7 @@ def _chunk_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
     cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, impl,
 ):  # fmt: skip
+    _refuse_forward_mode()
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
     V = v.shape[-1]
@@ -142,6 +152,7 @@ def _chunk_gka_backward_fake(
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
     qk_l2norm, impl,
 ):  # fmt: skip
+    _refuse_forward_mode()
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
         initial_kv,
@@ -154,6 +165,7 @@ def _recurrent_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, impl,
 ):  # fmt: skip
+    _refuse_forward_mode()
     B, T, H, _ = q.shape
     return q.new_empty(B, T, H, v.shape[-1])
 
@@ -165,6 +177,7 @@ def _backend(q: Tensor, impl: str) -> Any:
     ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
     """
     validation.check_impl(impl)
+    _refuse_forward_mode()
     if impl == "reference" or (impl == "auto" and q.device.type != "cuda"):
         from gka_ops.reference import backend as reference_backend
 

@@ -41,10 +41,15 @@ def _query(q: Tensor, qk_l2norm: bool) -> Tensor:
 
 
 def pack_rows(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = x_query · q + x_scale · x̂ with x_query = <x, q>/<q, q>, a power-of-two x_scale [...] and fp16 rows x̂ [..., D] of
-    ‖x̂‖ in [1, 2) (NOTE [Operator conventions] of ``gka_ops.ops``).
+    """x = x_query · q + x_scale · x̂ (NOTE [Operator conventions] of ``gka_ops.ops``), exact but for the rounding of x̂.
 
-    Exact but for the rounding of x̂ to fp16. Zero rows have scale 1.
+    Args:
+        x: [..., D].
+        q: the effective query [..., D].
+
+    Returns:
+        fp16 rows x̂ [..., D] with ‖x̂‖ in [1, 2) (or 0); a power of two x_scale [...] (1 where x̂ = 0); and
+        x_query = <x, q>/<q, q> [...] (0 where q = 0).
     """
     square = (q * q).sum(-1)
     x_query = (x * q).sum(-1) / torch.where(square == 0, 1.0, square)

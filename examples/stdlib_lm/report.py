@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from tabulate import tabulate
+from tabulate import tabulate  # type: ignore[import-untyped]
 
 from examples.stdlib_lm.data import Corpus
 from examples.stdlib_lm.evaluate import Decoding, OperatorError

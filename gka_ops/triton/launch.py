@@ -214,13 +214,14 @@ class _Adjoint(NamedTuple):
 
 
 def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _States) -> _Adjoint:
-    """Stage A."""
+    """Stage A. With values, y lies in the span of the keys and fp16 holds it; alone, dx and so y may be anything."""
+    y_dtype = torch.float32 if p.v is None else p.operand
     result = _Adjoint(
         dq=torch.empty_like(p.q),
         d_alpha=None if p.alpha is None else torch.empty_like(p.alpha),
         d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
         d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
-        y=p.new(p.B, p.T, p.H, p.D, dtype=p.operand) if p.solve else None,
+        y=p.new(p.B, p.T, p.H, p.D, dtype=y_dtype) if p.solve else None,
         y_scale=p.per_token(p.solve),
         mu=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
@@ -483,7 +484,7 @@ def recurrent_gka(
             ROWS=config.rows, SOLVE=num_iter > 0,
             SCALE_PER_TOKEN=ridge_scale_tensor is not None and ridge_scale_tensor.ndim == 3,
             OFFSET_PER_TOKEN=ridge_offset_tensor is not None and ridge_offset_tensor.ndim == 3,
-            CONSTANT_DELTA=ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
+            TENSOR_CORES=config.tensor_cores,
             QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
             OPERAND=_TRITON_DTYPES[operand], PRECISION=config.precision, **config.kernel.launch_options(),
         )  # fmt: skip

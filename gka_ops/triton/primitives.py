@@ -48,6 +48,17 @@ def dot_split(b_x, b_y, PRECISION: tl.constexpr):
         return tl.dot(b_x, b_y, input_precision=PRECISION)
 
 
+@triton.jit
+def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
+    """x @ yᵀ for operand x [M, K] and fp32 y [N, K], y split as in :func:`dot_split`."""
+    if b_x.dtype == tl.float16:
+        b_hi = b_y.to(tl.float16)
+        b_lo = (b_y - b_hi.to(tl.float32)).to(tl.float16)
+        return tl.dot(b_x, tl.trans(b_lo), tl.dot(b_x, tl.trans(b_hi)))
+    else:
+        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+
+
 # --------------------------------------------------------------------------------------------------------- geometry
 @triton.jit
 def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
@@ -228,6 +239,17 @@ def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr):
     eta = f + ridge_scale * f + ridge_offset
     inv_eta = tl.where(dead, 0.0, 1 / tl.where(dead, 1.0, eta))
     return inv_eta, tl.where(vanishing & (ridge_offset > 0), 0.0, inv_eta)
+
+
+@triton.jit
+def operator_weights(weight_h, unit_h, kappa, gamma, b_m):
+    """φ [C] and Ψ [C, C] of the normalised operator (MATH.md §3.2): both at most 1, because F_t bounds what they divide.
+
+    Only an empty state could make φ larger, its unit being arbitrary; there any φ will do, but it must not overflow fp16.
+    """
+    phi = gamma * unit_h * weight_h
+    phi = tl.where(phi > 1, 1.0, phi)
+    return phi, b_m * weight_h[:, None] * (kappa * kappa)[None, :]
 
 
 @triton.jit

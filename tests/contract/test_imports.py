@@ -196,11 +196,12 @@ def test_rules_refuse_a_planted_import(tmp_path: Path, module: str, line: str, t
 
 # ------------------------------------------------------------------------------------------------------ fresh processes
 def run_fresh(code: str) -> str:
-    """Runs ``code`` in a new interpreter and returns what it printed."""
+    """Runs ``code`` in a new interpreter, without Triton's interpreter mode, and returns what it printed."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=inherited | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

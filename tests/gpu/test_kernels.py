@@ -23,31 +23,15 @@ from tests.helpers.problems import (
 
 pytestmark = pytest.mark.gpu
 
-STATE = 2e-3
-"""Bar of final states: operands enter the recurrence once, rounded to fp16 with weights (u = 4.9e-4)."""
-
-
 def problem_on_card(**options: Any) -> Problem:
     options = {"dtype": torch.bfloat16, "qk_l2norm": True, **options}
     return make_problem(device="cuda", **options)
 
 
-def check(problem: Problem, num_iter: int = 30, loose: bool = False) -> None:
+def check(problem: Problem, num_iter: int = 30, bars: contract.Bars | None = None) -> None:
     """Forward, final states and every gradient, also through the final states, within the contract's bars."""
-    oracle_iterations = contract.ORACLE_ITERATIONS if num_iter else 0
-    with torch.no_grad():
-        upstream = cotangents(run_gka(problem, num_iter=num_iter, impl="triton"))
-    actual = evaluate(lambda p: run_gka(p, num_iter=num_iter, impl="triton"), problem, upstream)
-    expected = evaluate(
-        lambda p: run_gka(p, num_iter=oracle_iterations, impl="reference"), problem.double(), upstream
-    )
-    o = summarise(token_errors(actual.outputs["output"], expected.outputs["output"]))
-    assert o.p99 <= (contract.SHORT_MEMORY_O_P99 if loose else contract.O_P99), o
-    for name in ("final_kk", "final_kv"):
-        assert norm_error(actual.outputs[name], expected.outputs[name]) <= STATE, name
-    bar = contract.SHORT_MEMORY_GRADIENT if loose else contract.GRADIENT
-    errors = {n: norm_error(g, expected.gradients[n]) for n, g in actual.gradients.items()}
-    assert all(error <= bar for error in errors.values()), errors
+    dtype = problem.q.dtype
+    contract.check(contract.measure(run_gka, problem, num_iter, "triton"), bars or contract.bars_for(dtype), dtype)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 8192])
@@ -88,12 +72,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name: str, dtype: torch.dtype) -> None:
-    check(problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 64, "V": 64, "dtype": dtype, **OPTIONS[name]}))
+    options = {"T": 200, "H": 4, "Hkv": 2, "D": 64, "V": 64, "dtype": dtype, **OPTIONS[name]}
+    check(problem_on_card(**options), bars=contract.bars_for(dtype, options.get("keys", "random")))
 
 
 @pytest.mark.parametrize("mean_decay", [0.5, 1.0])
 def test_short_memory(mean_decay: float) -> None:
-    check(problem_on_card(T=1000, H=4, D=128, V=128, mean_decay=mean_decay), loose=True)
+    check(problem_on_card(T=1000, H=4, D=128, V=128, mean_decay=mean_decay), bars=contract.SHORT_MEMORY)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -111,16 +96,7 @@ def test_other_head_dimensions(D: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"seq_lengths": (5, 0, 64, 131)}, {"ridge": "token", "ridge_offset": 0.01}], ids=str)
 def test_chunk_solve(options: dict[str, Any], dtype: torch.dtype) -> None:
     problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 128, "state": True, "dtype": dtype, **options})
-    with torch.no_grad():
-        upstream = cotangents(run_solve(problem, num_iter=30, impl="triton"))
-    actual = evaluate(lambda p: run_solve(p, num_iter=30, impl="triton"), problem, upstream)
-    expected = evaluate(
-        lambda p: run_solve(p, num_iter=contract.ORACLE_ITERATIONS, impl="reference"), problem.double(), upstream
-    )
-    assert summarise(token_errors(actual.outputs["x"], expected.outputs["x"])).p99 <= contract.X_P99
-    assert norm_error(actual.outputs["final_kk"], expected.outputs["final_kk"]) <= STATE
-    errors = {n: norm_error(g, expected.gradients[n]) for n, g in actual.gradients.items()}
-    assert all(error <= contract.GRADIENT for error in errors.values()), errors
+    contract.check(contract.measure(run_solve, problem, 30, "triton"), contract.bars_for(dtype), dtype)
 
 
 @pytest.mark.parametrize("num_iter", [0, 30])
@@ -144,10 +120,10 @@ def test_decode_under_load(dtype: torch.dtype, D: int, tokens: int, num_iter: in
         p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=gka_ops.GKAState(kk, kv), state_indices=slots,
         num_iter=num_iter, qk_l2norm=True, gate=gka_ops.DecayGate(p.A_log, p.dt_bias), impl="triton",
     )  # fmt: skip
-    expected = run_gka(p.double(), num_iter=contract.ORACLE_ITERATIONS if num_iter else 0, impl="reference")
+    expected = run_gka(p.double(), num_iter=contract.oracle_iterations(num_iter), impl="reference")
     assert output[~kept].eq(0).all()
     assert kk[free].isnan().all() and kv[free].isnan().all()
-    assert summarise(token_errors(output[kept], expected["output"][kept])).p99 <= contract.O_P99
+    assert summarise(token_errors(output[kept], expected["output"][kept])).p99 <= contract.SIXTEEN_BIT.o
     # The states advance in fp32 from operands that are exact but for the normalisation: a few roundings each.
     assert norm_error(kk[slots[kept]], expected["final_kk"][kept]) <= 1e-6
     assert norm_error(kv[slots[kept]], expected["final_kv"][kept]) <= 1e-6
@@ -168,7 +144,7 @@ def test_decode_continues_a_prefill() -> None:
             now.q, now.k, now.v, now.log_decay, now.alpha, now.beta, state=prefill.final_state, num_iter=30,
             qk_l2norm=True,
         )  # fmt: skip
-        assert summarise(token_errors(output, whole["output"][:, t : t + 1])).p99 <= contract.O_P99
+        assert summarise(token_errors(output, whole["output"][:, t : t + 1])).p99 <= contract.SIXTEEN_BIT.o
 
 
 def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +198,7 @@ def test_extreme_inputs() -> None:
     out = run_gka(p, num_iter=30, impl="triton")
     expected = run_gka(p.double(), num_iter=contract.ORACLE_ITERATIONS, impl="reference")
     assert out["output"].isfinite().all()
-    assert norm_error(out["output"], expected["output"]) <= contract.O_P99
+    assert norm_error(out["output"], expected["output"]) <= contract.SIXTEEN_BIT.o
     assert out["output"][:, :10].eq(0).all() and out["output"][:, 40:50].eq(0).all()
 
 

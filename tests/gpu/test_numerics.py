@@ -6,19 +6,14 @@ import pytest
 import torch
 
 from tests.helpers import contract
-from tests.helpers.problems import ErrorSummary
+from tests.helpers.problems import run_gka, run_solve
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("row", contract.ROWS, ids=lambda row: row.name)
 def test_contract(row: contract.Row, dtype: torch.dtype) -> None:
-    errors = dict(contract.measure(row.problem(dtype, "cuda"), 30, "triton"))
-    x, o = errors["x"], errors["o"]
-    assert isinstance(x, ErrorSummary) and isinstance(o, ErrorSummary)
-    assert x.p99 <= contract.X_P99, x
-    assert o.p99 <= (contract.SHORT_MEMORY_O_P99 if row.short_memory else contract.O_P99), o
-    bar = contract.SHORT_MEMORY_GRADIENT if row.short_memory else contract.GRADIENT
-    gradients = {name: error for name, error in errors.items() if isinstance(error, float)}
-    assert all(error <= bar for error in gradients.values()), gradients
+    bars = contract.bars_for(dtype, row.keys, row.mean_decay)
+    for run in (run_gka, run_solve):
+        contract.check(contract.measure(run, row.problem(dtype, "cuda"), 30, "triton"), bars, dtype)

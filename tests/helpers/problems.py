@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +58,13 @@ class Problem:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {n: t for n, t in fields.items() if isinstance(t, Tensor) and t.is_floating_point()}
 
+    def replace(self, fields: Mapping[str, Any]) -> Problem:
+        """The problem with some fields replaced."""
+        return dataclasses.replace(self, **fields)
+
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Problem:
         """The problem with every floating-point tensor replaced by ``function(name, tensor)``."""
-        return dataclasses.replace(self, **{name: function(name, tensor) for name, tensor in self.leaves().items()})
+        return self.replace({name: function(name, tensor) for name, tensor in self.leaves().items()})
 
     def double(self) -> Problem:
         """The same values, already rounded, in fp64: what errors are measured against."""
@@ -239,6 +243,10 @@ def ridge_of(problem: Problem) -> gka_ops.Ridge:
     return gka_ops.Ridge(scale, problem.ridge_offset, smallest)
 
 
+def _plain_ridge(problem: Problem) -> tuple[float | Tensor, float | Tensor]:
+    return problem.ridge_scale, problem.ridge_offset
+
+
 def gate_of(problem: Problem) -> gka_ops.DecayGate | None:
     return None if problem.A_log is None else gka_ops.DecayGate(problem.A_log, problem.dt_bias)
 
@@ -283,7 +291,7 @@ def exact_gka(problem: Problem, num_iter: int | str = "auto", scale: float | Non
     p = problem
     output, (kk, kv) = exact.chunk_gka(
         p.q, p.k, p.v, p.log_decay, p.alpha, p.beta,
-        ridge=tuple(ridge_of(p)[:2]), num_iter=num_iter, scale=scale, qk_l2norm=p.qk_l2norm, gate=gate_of(p),
+        ridge=_plain_ridge(p), num_iter=num_iter, scale=scale, qk_l2norm=p.qk_l2norm, gate=gate_of(p),
         initial_state=state_of(p), cu_seqlens=p.cu_seqlens,
     )  # fmt: skip
     return {"output": output, "final_kk": kk, "final_kv": kv}
@@ -294,7 +302,7 @@ def exact_solve(problem: Problem, num_iter: int | str = "auto") -> Outputs:
     p = problem
     x, kk = exact.chunk_solve(
         p.q, p.k, p.log_decay, p.beta,
-        ridge=tuple(ridge_of(p)[:2]), num_iter=num_iter, qk_l2norm=p.qk_l2norm, gate=gate_of(p),
+        ridge=_plain_ridge(p), num_iter=num_iter, qk_l2norm=p.qk_l2norm, gate=gate_of(p),
         initial_state=p.initial_kk, cu_seqlens=p.cu_seqlens,
     )  # fmt: skip
     return {"x": x, "final_kk": kk}

@@ -177,7 +177,7 @@ def test_delta_one_is_the_identity() -> None:
     q = torch.randn(5, 3, dtype=torch.float64)
     for form in ("increment", "three_term"):
         for n in (1, 7):
-            z = chebyshev.chebyshev(lambda rows: rows, q, torch.ones(5, 1, dtype=torch.float64), n, form)  # type: ignore[arg-type]
+            z = chebyshev.chebyshev(lambda rows: rows, q, torch.ones(5, 1, dtype=torch.float64), n, form)
             assert torch.equal(z, q)
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_matrix,
+    dot_transposed_split,
     key_weight,
     load_log_decay,
     load_query,
@@ -37,7 +38,7 @@ def chunk_backward_gradient_kernel(
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
     fro,  # [tokens, H] fp32; read if SOLVE
-    y,  # [tokens, H, D] row-scaled; read if SOLVE
+    y,  # [tokens, H, D] row-scaled, operand dtype or fp32; read if SOLVE
     y_scale,  # [tokens, H] fp32; read if SOLVE
     w_local,  # [tokens, H] fp32; read if SOLVE
     pi,  # [tokens, H] fp32
@@ -148,12 +149,15 @@ def chunk_backward_gradient_kernel(
             b_p, unit_p = scale_rows(b_p)
             b_dk += tl.dot(b_p.to(OPERAND), b_k, input_precision=PRECISION) * (2 * unit_p)[:, None]
 
-            b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D).to(OPERAND)
+            b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D)
             b_weight = b_mt * load_scalars(y_scale, o_row, m_t, 0.0)[None, :]
-            b_ky = tl.dot(b_k, tl.trans(b_y), input_precision=PRECISION) * b_weight
+            if y.dtype.element_ty == OPERAND:
+                b_ky = tl.dot(b_k, tl.trans(b_y.to(OPERAND)), input_precision=PRECISION) * b_weight
+            else:
+                b_ky = dot_transposed_split(b_k, b_y, PRECISION) * b_weight
             k_dk -= 2 * tl.sum(b_kx * b_ky, axis=1)
             b_p, unit_p = scale_rows(b_kx * b_weight)
-            b_dk -= tl.dot(b_p.to(OPERAND), b_y, input_precision=PRECISION) * unit_p[:, None]
+            b_dk -= tl.dot(b_p.to(OPERAND), b_y.to(OPERAND), input_precision=PRECISION) * unit_p[:, None]
             b_x, unit_x = scale_rows(b_x)
             b_p, unit_p = scale_rows(b_ky * unit_x[None, :])
             b_dk -= tl.dot(b_p.to(OPERAND), b_x.to(OPERAND), input_precision=PRECISION) * unit_p[:, None]

@@ -18,6 +18,7 @@ from gka_ops.triton.primitives import (
     load_state,
     normalise,
     normalise_rows_backward,
+    operator_weights,
     scale_rows,
     store_rows,
 )
@@ -45,7 +46,7 @@ def chunk_backward_solve_kernel(
     kv,  # U_c [chunks, H, BLOCK_D, V_PAD]; read if v is given
     kv_units,
     dq,  # out [tokens, H, D]
-    y,  # out [tokens, H, D] operand dtype, row-scaled; written if SOLVE
+    y,  # out [tokens, H, D] row-scaled, operand dtype or fp32; written if SOLVE
     y_scale,  # out [tokens, H] fp32; written if SOLVE
     d_alpha,  # out [tokens, H] or None
     d_ridge_scale,  # out [tokens, H] fp32 or None
@@ -141,8 +142,7 @@ def chunk_backward_solve_kernel(
         b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
         inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
         b_h, unit_h = load_square_state(kk, kk_units, i_state, BLOCK_D, BLOCK_N)
-        phi = gamma * unit_h * weight_h
-        b_psi = b_m * weight_h[:, None] * (kappa * kappa)[None, :]
+        phi, b_psi = operator_weights(weight_h, unit_h, kappa, gamma, b_m)
         if CONSTANT_DELTA:
             delta = ridge_scale / (1 + ridge_scale)
         else:

@@ -18,6 +18,7 @@ from gka_ops.triton.primitives import (
     load_square_state,
     load_state,
     normalise,
+    operator_weights,
     scale_rows,
     split_along_query,
     store_rows,
@@ -100,8 +101,7 @@ def chunk_forward_kernel(
         b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
         b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
         inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
-        phi = gamma * unit_h * weight_h
-        b_psi = b_m * weight_h[:, None] * (kappa * kappa)[None, :]
+        phi, b_psi = operator_weights(weight_h, unit_h, kappa, gamma, b_m)
         if CONSTANT_DELTA:
             delta = ridge_scale / (1 + ridge_scale)
         else:

@@ -1,0 +1,101 @@
+"""The Triton kernels under Triton's interpreter: small shapes, fp16 and fp32 (its bf16 arithmetic is not exact)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import gka_ops
+from tests.conftest import HAS_CUDA
+from tests.helpers import contract
+from tests.helpers.problems import make_problem, norm_error, run_gka, run_solve, summarise, token_errors
+
+pytestmark = pytest.mark.skipif(HAS_CUDA, reason="on a machine with a card the kernels run on it: tests/gpu")
+
+SMALL: dict[str, Any] = {"T": 70, "H": 2, "Hkv": 1, "D": 16, "V": 24, "qk_l2norm": True}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one_token": {"T": 1, "state": True},
+    "batch_and_states": {"B": 2, "state": True},
+    "no_gates": {"mean_decay": None, "alpha": False, "beta": False, "qk_l2norm": False},
+    "small_beta": {"min_beta": 1e-3},
+    "decay_gate": {"gate": True},
+    "float_offset": {"ridge_offset": 0.05},
+    "head_ridge": {"ridge": "head", "ridge_offset": 0.01},
+    "token_ridge": {"ridge": "token", "ridge_offset": 0.01},
+    "packed": {"seq_lengths": (5, 0, 64, 1, 20), "state": True},
+    "short_memory": {"mean_decay": 0.5},
+    "repeated": {"keys": "repeated"},
+    "padded_head_dimensions": {"D": 20, "V": 7},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_chunk_gka(name: str, dtype: torch.dtype) -> None:
+    options = {**SMALL, "dtype": dtype, **OPTIONS[name]}
+    bars = contract.bars_for(dtype, options.get("keys", "random"), options.get("mean_decay", 0.01))
+    contract.check(contract.measure(run_gka, make_problem(**options), 30, "triton"), bars, dtype)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_chunk_gka_without_solve(state: bool) -> None:
+    problem = make_problem(**SMALL, dtype=torch.float16, state=state)
+    contract.check(contract.measure(run_gka, problem, 0, "triton"), contract.SIXTEEN_BIT, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{"state": True}, {"seq_lengths": (5, 0, 65)}, {"ridge": "token"}], ids=str)
+def test_chunk_solve(options: dict[str, Any], dtype: torch.dtype) -> None:
+    problem = make_problem(**SMALL, dtype=dtype, **options)
+    contract.check(contract.measure(run_solve, problem, 30, "triton"), contract.bars_for(dtype), dtype)
+
+
+@pytest.mark.parametrize("row", [row for row in contract.ROWS if row.keys in ("random", "silu")], ids=lambda r: r.name)
+def test_contract_at_head_dimension_128(row: contract.Row) -> None:
+    problem = row.problem(torch.float16, "cpu", T=128, H=1)
+    bars = contract.bars_for(torch.float16, row.keys, row.mean_decay)
+    contract.check(contract.measure(run_gka, problem, 30, "triton"), bars, torch.float16)
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_results_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from gka_ops.triton import launch
+
+    problem = make_problem(**SMALL, dtype=torch.float32, state=True)
+    whole = run_gka(problem, num_iter=30, impl="triton")
+    chosen = launch.chunk_config
+    monkeypatch.setattr(launch, "chunk_config", lambda *key: dataclasses.replace(chosen(*key), chunk=chunk))
+    other = run_gka(problem, num_iter=30, impl="triton")
+    for name, value in whole.items():  # sums of at most 70 products in another order
+        assert norm_error(other[name], value) <= 70 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize("D", [16, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_recurrent_gka(dtype: torch.dtype, D: int, num_iter: int) -> None:
+    """Three tokens of four sequences, one of them padding, in a pool of six slots."""
+    p = make_problem(**{**SMALL, "B": 4, "T": 3, "D": D, "gate": True, "state": True, "dtype": dtype})
+    assert p.initial_kk is not None and p.initial_kv is not None and p.A_log is not None
+    slots = torch.tensor([4, -1, 0, 3])
+    kept = slots >= 0
+    kk = torch.full((6, *p.initial_kk.shape[1:]), float("nan"))
+    kv = torch.full((6, *p.initial_kv.shape[1:]), float("nan"))
+    kk[slots[kept]], kv[slots[kept]] = p.initial_kk[kept], p.initial_kv[kept]
+    output = gka_ops.recurrent_gka(
+        p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=gka_ops.GKAState(kk, kv), state_indices=slots,
+        num_iter=num_iter, qk_l2norm=True, gate=gka_ops.DecayGate(p.A_log, p.dt_bias), impl="triton",
+    )  # fmt: skip
+    expected = run_gka(p.double(), num_iter=contract.oracle_iterations(num_iter), impl="reference")
+    assert output[1].eq(0).all()
+    assert kk[[1, 2, 5]].isnan().all() and kv[[1, 2, 5]].isnan().all()
+    bar = contract.bars_for(dtype).o
+    assert summarise(token_errors(output[kept], expected["output"][kept])).p99 <= bar
+    for pool, name in ((kk, "final_kk"), (kv, "final_kv")):  # a few fp32 roundings
+        assert norm_error(pool[slots[kept]], expected[name][kept]) <= 8 * torch.finfo(torch.float32).eps
