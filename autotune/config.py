@@ -37,9 +37,11 @@ class ChunkConfig:
     precision: str
     state: KernelConfig
     forward: KernelConfig
+    backward_readout: KernelConfig
     backward_solve: KernelConfig
     backward_state: KernelConfig
-    backward_gradient: KernelConfig
+    backward_value: KernelConfig
+    backward_key: KernelConfig
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,15 @@ class RecurrentConfig:
 
 
 def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
-    """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands."""
+    """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands.
+
+    NOTE [Hopper miscompile] The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gives wrong dk on an H100
+    (Triton 3.6): two or eight warps, or C = 32, are right. Small heads use two warps, which keeps them off the warpgroup
+    instructions. No configuration enters this table without the accuracy tests of ``tests/gpu`` passing on the card.
+    """
     large = padded_d > 128 or (is_fp32 and padded_d > 64)
     warps = 8 if padded_d > 128 else 4
+    gradient_warps = 8 if padded_d > 64 else 4 if padded_d > 32 else 2
     return ChunkConfig(
         chunk=32 if large else 64,
         block_n=min(padded_d, 32 if padded_d > 128 else 64),
@@ -71,9 +79,11 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         precision="tf32x3",
         state=KernelConfig(num_warps=4, num_stages=2),
         forward=KernelConfig(num_warps=warps, num_stages=1),
+        backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
-        backward_state=KernelConfig(num_warps=4, num_stages=1),
-        backward_gradient=KernelConfig(num_warps=8 if large or padded_d > 64 else 4, num_stages=1),
+        backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_key=KernelConfig(num_warps=gradient_warps, num_stages=1),
     )
 
 

@@ -11,18 +11,30 @@ NOTE [Operator conventions]
     float ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b.
   * With ``A_log``, ``log_decay`` holds the raw gate projection a, and log decay = −exp(A_log)·softplus(a + dt_bias).
   * Residuals: ``x`` and ``fro`` = ‖H_t‖_F [B, T, H]; not differentiable. For 16-bit inputs ``x`` holds fp16 rows x̂ of
-    x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it is
-    x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside the
-    span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
+    x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it
+    is x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside
+    the span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
+
+NOTE [Autograd kernels]
+  ``torch.library.register_autograd`` would do, were it not for ``torch.func``: the autograd.Function that it makes is
+  refused there. An operator's Autograd kernel already runs at one level of the functorch stack, like PyTorch's own
+  kernels, so a single-level Function, which is what ``torch.func`` itself makes of a user's Function, is all that is
+  needed (docs/adr/0004). Forward mode raises. The second derivative is that of the specification
+  (``gka_ops.reference.double_backward``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import increment_version
 
 from gka_ops import validation
 from gka_ops.numerics import backward_iterations
@@ -87,12 +99,6 @@ def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int | torch.SymInt:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _refuse_forward_mode() -> None:
-    """Below the autograd kernels the tangents of ``jvp`` are gone: going on would mean a silent zero tangent."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("torch.ops.gka: expected reverse-mode differentiation, got forward mode (jvp)")
-
-
 def _like(tensor: Tensor | None, q: Tensor) -> Tensor:
     """The fake of a gradient: contiguous and like its input, or empty where the input is absent."""
     return _empty(q) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -104,7 +110,6 @@ def _chunk_solve_fake(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
     ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, impl,
 ):  # fmt: skip
-    _refuse_forward_mode()
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
     x = q.new_empty(B, T, H, D, dtype=dtype)
@@ -119,7 +124,6 @@ def _chunk_solve_backward_fake(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
     cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, impl,
 ):  # fmt: skip
-    _refuse_forward_mode()
     inputs = (q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk)
     return tuple(_like(t, q) for t in inputs)
 
@@ -129,7 +133,6 @@ def _chunk_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
     cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, impl,
 ):  # fmt: skip
-    _refuse_forward_mode()
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
     V = v.shape[-1]
@@ -152,7 +155,6 @@ def _chunk_gka_backward_fake(
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
     qk_l2norm, impl,
 ):  # fmt: skip
-    _refuse_forward_mode()
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
         initial_kv,
@@ -165,19 +167,17 @@ def _recurrent_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, impl,
 ):  # fmt: skip
-    _refuse_forward_mode()
     B, T, H, _ = q.shape
     return q.new_empty(B, T, H, v.shape[-1])
 
 
 # --------------------------------------------------------------------------------------------------------- dispatch
-def _backend(q: Tensor, impl: str) -> Any:
+def _backend(op: str, q: Tensor, impl: str) -> Any:
     """The module that runs this call; both have one function per operator with the operator's own signature.
 
     ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
     """
-    validation.check_impl(impl)
-    _refuse_forward_mode()
+    validation.check_backend(op, impl, q)
     if impl == "reference" or (impl == "auto" and q.device.type != "cuda"):
         from gka_ops.reference import backend as reference_backend
 
@@ -208,34 +208,29 @@ def _check_values(op: str, args: tuple[Any, ...], cu_seqlens: Tensor | None, sta
 def _chunk_solve(*args):
     q, cu_seqlens, impl = args[0], args[9], args[-1]
     _check_values("chunk_solve", args, cu_seqlens, None)
-    return _backend(q, impl).chunk_solve(*args[:-1])
+    return _backend("chunk_solve", q, impl).chunk_solve(*args[:-1])
 
 
 def _chunk_solve_backward(*args):
     q, impl = args[2], args[-1]
-    return _backend(q, impl).chunk_solve_backward(*args[:-1])
+    return _backend("chunk_solve_backward", q, impl).chunk_solve_backward(*args[:-1])
 
 
 def _chunk_gka(*args):
     q, cu_seqlens, impl = args[0], args[12], args[-1]
     _check_values("chunk_gka", args, cu_seqlens, None)
-    return _backend(q, impl).chunk_gka(*args[:-1])
+    return _backend("chunk_gka", q, impl).chunk_gka(*args[:-1])
 
 
 def _chunk_gka_backward(*args):
     q, impl = args[3], args[-1]
-    return _backend(q, impl).chunk_gka_backward(*args[:-1])
+    return _backend("chunk_gka_backward", q, impl).chunk_gka_backward(*args[:-1])
 
 
 def _recurrent_gka(*args):
-    # No autograd kernel stands before this one: without the check, autograd would record what the reference does.
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        raise RuntimeError(
-            "recurrent_gka: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
-        )
     q, state_indices, impl = args[0], args[12], args[-1]
     _check_values("recurrent_gka", args, None, state_indices)
-    return _backend(q, impl).recurrent_gka(*args[:-1])
+    return _backend("recurrent_gka", q, impl).recurrent_gka(*args[:-1])
 
 
 for _name, _implementation in {
@@ -276,33 +271,128 @@ def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
 
 
 def _chunk_gka_setup(ctx, inputs, output):
-    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, _, impl = inputs
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, save_x, impl = inputs
     _, _, _, *residuals = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*residuals)
     ctx.save_for_backward(*tensors, *residuals)
-    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, impl)
+    ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
+    ctx.recomputes, ctx.impl = num_iter > 0 and not save_x, impl
 
 
 def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
     *inputs, x, x_scale, x_query, fro = ctx.saved_tensors
+    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm = ctx.scalars
+    if ctx.recomputes:
+        with torch.no_grad():
+            _, _, _, x, x_scale, x_query, fro = torch.ops.gka.chunk_gka(*inputs, *ctx.scalars, False, True, ctx.impl)
     if d_output is None:
         q, _, v = inputs[:3]
         d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
     d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
     d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
     gradients = torch.ops.gka.chunk_gka_backward(
-        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro, *ctx.scalars
-    )
+        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro,
+        ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, ctx.impl,
+    )  # fmt: skip
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 9
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("chunk_solve, chunk_gka: expected to be differentiated once, got a second derivative")
+def _double_backward(op: str, upstream: Tensor) -> Any:
+    """The module with the second derivatives. A graph of theirs would hold every token's solve, one after the other."""
+    if detect_fake_mode(upstream) is not None:
+        raise NotImplementedError(f"{op}: expected second derivatives in eager mode only, got a traced graph")
+    from gka_ops.reference import double_backward
+
+    return double_backward
 
 
-torch.library.register_autograd("gka::chunk_solve", _chunk_solve_vjp, setup_context=_chunk_solve_setup, lib=_library)
-torch.library.register_autograd("gka::chunk_gka", _chunk_gka_vjp, setup_context=_chunk_gka_setup, lib=_library)
-torch.library.register_autograd("gka::chunk_solve_backward", _no_second_derivative, lib=_library)
-torch.library.register_autograd("gka::chunk_gka_backward", _no_second_derivative, lib=_library)
+def _chunk_solve_backward_setup(ctx, inputs, output):
+    dx, d_final_kk, *tensors, _x, _fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, _impl = inputs
+    ctx.save_for_backward(dx, d_final_kk, *tensors)
+    ctx.scalars = (ridge_scale, ridge_offset, num_iter, qk_l2norm)
+
+
+def _chunk_solve_backward_vjp(ctx, *cotangents):
+    dx, d_final_kk, *inputs, cu_seqlens = ctx.saved_tensors
+    double_backward, upstream = _double_backward("chunk_solve", dx), (dx, d_final_kk)
+    d_upstream, d_inputs = double_backward.chunk_solve(cotangents, upstream, inputs, cu_seqlens, *ctx.scalars)
+    return *d_upstream, *d_inputs, *[None] * 8
+
+
+def _chunk_gka_backward_setup(ctx, inputs, output):
+    *tensors, _x, _x_scale, _x_query, _fro, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _impl = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
+
+
+def _chunk_gka_backward_vjp(ctx, *cotangents):
+    d_output, d_final_kk, d_final_kv, *inputs, cu_seqlens = ctx.saved_tensors
+    double_backward, upstream = _double_backward("chunk_gka", d_output), (d_output, d_final_kk, d_final_kv)
+    d_upstream, d_inputs = double_backward.chunk_gka(cotangents, upstream, inputs, cu_seqlens, *ctx.scalars)
+    return *d_upstream, *d_inputs, *[None] * 11
+
+
+def _refuse_forward_mode(op: str) -> None:
+    """Below autograd the tangents of ``jvp`` are gone: going on would mean a silent zero tangent."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{op}: expected reverse-mode differentiation, got forward mode (jvp)")
+
+
+def _register_autograd(op: str, setup: Callable[..., None], vjp: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """See NOTE [Autograd kernels]. ``setup(ctx, inputs, output)`` and ``vjp(ctx, *gradients)`` as in PyTorch's own."""
+    overload = getattr(torch.ops.gka, op).default
+
+    def below(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx, keyset, *args):
+        # A Function's forward runs with gradients off, but the outer levels of torch.func record what happens in it.
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            output = below(keyset, *args)
+        setup(ctx, args, output)
+        return output
+
+    def backward(ctx, *gradients):
+        return None, *vjp(ctx, *gradients)
+
+    node: Any = type(f"{op}_autograd", (_SingleLevelFunction,), {"forward": forward, "backward": backward})
+
+    def kernel(keyset, *args):
+        _refuse_forward_mode(op)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return node.apply(keyset, *args)
+        with enable_single_level_autograd_function():
+            return node.apply(keyset, *args)
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+_register_autograd("chunk_solve", _chunk_solve_setup, _chunk_solve_vjp)
+_register_autograd("chunk_gka", _chunk_gka_setup, _chunk_gka_vjp)
+_register_autograd("chunk_solve_backward", _chunk_solve_backward_setup, _chunk_solve_backward_vjp)
+_register_autograd("chunk_gka_backward", _chunk_gka_backward_setup, _chunk_gka_backward_vjp)
+
+
+def _recurrent_gka_autograd(keyset, *args):
+    _refuse_forward_mode("recurrent_gka")
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        raise RuntimeError(
+            "recurrent_gka: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gka.recurrent_gka.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _recurrent_gka_version(keyset, *args):
+    """Bumps the states' versions, so that autograd notices where one was saved before it was advanced."""
+    increment_version(args[10:12])
+    return torch.ops.gka.recurrent_gka.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+_library.impl("recurrent_gka", _recurrent_gka_autograd, "Autograd", with_keyset=True)
+_library.impl("recurrent_gka", _recurrent_gka_version, "ADInplaceOrView", with_keyset=True)

@@ -71,13 +71,17 @@ def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         raise ValueError(f"{op}: expected {name} on the device of q, {device}, got {tensor.device}")
 
 
-def check_impl(impl: object) -> None:
+def check_impl(op: str, impl: object) -> None:
     if impl not in IMPLS:
-        raise ValueError(f"expected impl to be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+        raise ValueError(f"{op}: expected impl to be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def check_number(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if not _is_number(value):
         raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
 
 
@@ -108,9 +112,8 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
     if v is not None and (v.shape[0] != B or v.shape[1] != T or v.shape[2] != Hkv):
         raise ValueError(f"{op}: expected v of shape [B, T, Hkv, V] = [{B}, {T}, {Hkv}, V], got {_shape(v)}")
     if H == 0 or D == 0 or Hkv == 0 or (v is not None and v.shape[3] == 0):
-        raise ValueError(
-            f"{op}: expected at least one head and non-empty head dimensions, got q {_shape(q)}, k {_shape(k)}"
-        )
+        got = ", ".join(f"{name} {_shape(tensor)}" for name, tensor in named)
+        raise ValueError(f"{op}: expected at least one head and non-empty head dimensions, got {got}")
     if H % Hkv != 0:
         raise ValueError(f"{op}: expected the number of key/value heads to divide the {H} query heads, got {Hkv}")
 
@@ -153,7 +156,9 @@ def check_ridge(
 ) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
     """Returns (scale, offset, scale tensor, offset tensor, smallest known scale)."""
     if not isinstance(ridge, Ridge):
-        check_number(op, "ridge", ridge)
+        if not _is_number(ridge):
+            hint = "; a tensor goes into Ridge(scale=...)" if isinstance(ridge, Tensor) else ""
+            raise TypeError(f"{op}: expected ridge to be a number or a Ridge, got {type(ridge).__name__}{hint}")
         ridge = Ridge(ridge)
     values: list[float] = []
     tensors: list[Tensor | None] = []
@@ -177,8 +182,8 @@ def check_ridge(
             tensors.append(None)
     if ridge.min_scale is not None:
         check_number(op, "ridge.min_scale", ridge.min_scale)
-        if not ridge.min_scale > 0:
-            raise ValueError(f"{op}: expected ridge.min_scale > 0, got {ridge.min_scale}")
+        if not 0 < ridge.min_scale < float("inf"):
+            raise ValueError(f"{op}: expected a finite ridge.min_scale > 0, got {ridge.min_scale}")
     smallest = values[0] if tensors[0] is None else ridge.min_scale
     return values[0], values[1], tensors[0], tensors[1], smallest
 
@@ -283,7 +288,7 @@ def resolve_scale(op: str, scale: float | None, q: Tensor) -> float:
 
 def check_backend(op: str, impl: object, q: Tensor) -> None:
     """``impl`` is known, and Triton is asked for only where it can run."""
-    check_impl(impl)
+    check_impl(op, impl)
     if impl == "triton" and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise ValueError(
             f'{op}: expected CUDA tensors with impl="triton", got {q.device} '
@@ -310,6 +315,15 @@ def check_values(op: str, tensors: dict[str, Tensor], cu_seqlens: Tensor | None,
     """The checks of :func:`debug_mode`. ``tensors`` holds the floating-point arguments by the operator's names."""
     if cu_seqlens is not None:
         check_cu_seqlens_values(op, cu_seqlens, tensors["q"].shape[1])
+    if state_indices is not None:
+        slots, rows = tensors["kk"].shape[0], state_indices >= 0
+        used = state_indices[rows]
+        _fail_if(used >= slots, f"{op}: expected state_indices < {slots} (the pool's slots), got a larger one")
+        if used.unique().numel() != used.numel():
+            raise ValueError(f"{op}: expected each slot at most once in state_indices, got a slot twice")
+        # Slots that are not in use, and padding, may hold anything.
+        chosen = {"kk": used, "kv": used}
+        tensors = {n: t[chosen.get(n, rows)] if t.ndim > 1 else t for n, t in tensors.items()}
     for name, tensor in tensors.items():
         _fail_if(~torch.isfinite(tensor), f"{op}: expected finite values in {name}, got NaN or infinity")
     log_decay = tensors.get("log_decay")
@@ -331,9 +345,3 @@ def check_values(op: str, tensors: dict[str, Tensor], cu_seqlens: Tensor | None,
             _fail_if(
                 asymmetry > bound, f"{op}: expected {name} to be symmetric, got a state that differs from its transpose"
             )
-    if state_indices is not None:
-        slots = tensors["kk"].shape[0]
-        used = state_indices[state_indices >= 0]
-        _fail_if(used >= slots, f"{op}: expected state_indices < {slots} (the pool's slots), got a larger one")
-        if used.unique().numel() != used.numel():
-            raise ValueError(f"{op}: expected each slot at most once in state_indices, got a slot twice")

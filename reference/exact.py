@@ -28,12 +28,17 @@ def _fp64(value: float | Tensor | None, default: float, q: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=NORM_EPS)
+    # As x / max(‖x‖, ε), with finite derivatives of every order at x = 0.
+    short = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= NORM_EPS
+    norm = torch.linalg.vector_norm(torch.where(short, 1.0, x), dim=-1, keepdim=True)
+    return x / torch.where(short, NORM_EPS, norm)
 
 
 def _solve(h: Tensor, q: Tensor, r: Tensor, b: Tensor) -> Tensor:
     """x = (H + (r ‖H‖_F + b) I)⁻¹ q for h [..., D, D], q [..., D], with the policies for F near 0."""
-    fro = torch.linalg.matrix_norm(h)
+    # The derivatives of the norm at H = 0 are taken as zero, those of second order too (autograd's would be NaN).
+    nothing = (h == 0).all(-1).all(-1)
+    fro = torch.where(nothing, 0.0, torch.linalg.matrix_norm(torch.where(nothing[..., None, None], 1.0, h)))
     lam = r * fro + b
     dead = fro + lam <= FRO_MIN
     flat = ~dead & (fro <= FRO_MIN) & (b > 0)

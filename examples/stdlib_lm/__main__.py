@@ -97,7 +97,7 @@ def run(preset: Preset, seed: int, device: torch.device, console: Console) -> re
     start = time.perf_counter()
     corpus = data.load_corpus()
     inputs, targets = data.held_out_windows(corpus, preset.sequence_length, preset.eval_windows, device)
-    trained, results = {}, {}
+    trained, results, bits = {}, {}, {}
     with progress_bar(console) as progress:
         tasks = {
             name: progress.add_task(label, total=preset.steps, loss="-.---", start=False)
@@ -107,11 +107,14 @@ def run(preset: Preset, seed: int, device: torch.device, console: Console) -> re
             model = build(preset, num_iter, seed, device)
             progress.start_task(tasks[name])
             training = train(model, corpus, preset, seed, device, progress, tasks[name])
-            bits = evaluate.bits_per_byte(model, inputs, targets, preset)
+            bits[name] = evaluate.bits_per_byte(model, inputs, targets, preset)
             first = model.mixers[0]
             iterations = iterations_for(first.ridge, first.tol) if num_iter == "auto" else num_iter
-            results[name] = report.ModelResult(label, iterations, parameter_count(model), training, bits)
+            results[name] = report.ModelResult(
+                label, iterations, parameter_count(model), training, bits[name].mean().item()
+            )
             trained[name] = model
+    saved = bits["linear"] - bits["gka"]
     errors = evaluate.operator_errors(trained["gka"], inputs[:1, : preset.error_tokens], preset)
     prompt_file, prompt = data.held_out_prompt(corpus, preset.prompt_bytes)
     decoding = evaluate.decode(trained["gka"], prompt.to(device), preset.generated_bytes)
@@ -124,6 +127,8 @@ def run(preset: Preset, seed: int, device: torch.device, console: Console) -> re
         corpus=corpus,
         eval_bytes=targets.numel(),
         models=results,
+        saved_bits=saved.mean().item(),
+        saved_bits_error=saved.std().item() / len(saved) ** 0.5,
         operator_errors=errors,
         prompt_file=prompt_file,
         decoding=decoding,

@@ -111,7 +111,7 @@ class GatedKalmaNet(nn.Module):
         if not (ridge >= 0 and math.isfinite(ridge)):
             raise ValueError(f"GatedKalmaNet: expected a finite ridge >= 0, got {ridge}")
         resolve_num_iter("GatedKalmaNet", num_iter, tol, ridge)
-        check_impl(impl)
+        check_impl("GatedKalmaNet", impl)
 
         self.hidden_size = hidden_size
         self.head_dim = head_dim

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
-from gka_ops.triton.kernels.chunk_backward_gradient import chunk_backward_gradient_kernel
+from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
+from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
 from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_state_kk_kernel, chunk_backward_state_kv_kernel
+from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
 from gka_ops.triton.kernels.chunk_forward import chunk_forward_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
@@ -68,7 +70,7 @@ class _Problem:
         self.ridge_offset_tensor = _contiguous(ridge_offset_tensor)
         self.initial_kk, self.initial_kv = _contiguous(initial_kk), _contiguous(initial_kv)
         self.ridge_scale, self.ridge_offset, self.scale = ridge_scale, ridge_offset, scale
-        self.num_iter, self.solve = num_iter, num_iter > 0
+        self.num_iter, self.solve, self.qk_l2norm = num_iter, num_iter > 0, qk_l2norm
 
         self.B, self.T, self.H, self.D = q.shape
         self.V = self.D if v is None else v.shape[-1]
@@ -102,7 +104,7 @@ class _Problem:
             "ridge_scale": ridge_scale, "ridge_offset": ridge_offset, "num_iter": num_iter, **ridge_kind(self),
         }  # fmt: skip
         self.values = {
-            "V": self.V, "BLOCK_N": self.config.block_n, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad,
+            "V": self.V, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad,
         }  # fmt: skip
 
     def _chunk_tables(self, cu_seqlens: Tensor, chunk: int) -> None:
@@ -163,7 +165,7 @@ def _forward_states(
     right_is_key: bool,
 ) -> _States:  # fmt: skip
     states = p.new(p.chunks, p.H, p.block_d, padded, dtype=p.operand)
-    units = p.new(p.chunks, p.H, padded // block)
+    units = p.new(p.chunks, p.H) if right_is_key else p.new(p.chunks, p.H, padded // block)
     final = p.new(p.N, p.H, p.D, size) if want_final else None
     chunk_state_kernel[(padded // block, p.N * p.H)](
         k=p.k, r=right, **p.gate, beta=p.beta, initial=initial, states=states, units=units, final=final,
@@ -214,26 +216,55 @@ class _Adjoint(NamedTuple):
 
 
 def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _States) -> _Adjoint:
-    """Stage A. With values, y lies in the span of the keys and fp16 holds it; alone, dx and so y may be anything."""
-    y_dtype = torch.float32 if p.v is None else p.operand
+    """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2).
+
+    y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in fp32 for
+    a solve alone, whose dx may be anything.
+    """
+    wide = {"dtype": torch.float32 if p.v is None else p.operand}
     result = _Adjoint(
         dq=torch.empty_like(p.q),
         d_alpha=None if p.alpha is None else torch.empty_like(p.alpha),
         d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
         d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
-        y=p.new(p.B, p.T, p.H, p.D, dtype=y_dtype) if p.solve else None,
+        y=p.new(p.B, p.T, p.H, p.D, **wide) if p.solve else None,
         y_scale=p.per_token(p.solve),
         mu=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
         pi=p.new(p.B, p.T, p.H),
     )
-    chunk_backward_solve_kernel[p.chunk_grid](
-        grad=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, x=solved.x, x_scale=solved.x_scale,
-        x_query=solved.x_query, fro=solved.fro, kk=kk.states, kk_units=kk.units, kv=kv.states, kv_units=kv.units, scale=p.scale, GROUP=p.group,
-        SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **result._asdict(), **p.tables, **p.ridge,
-        **p.geometry, **p.values, **p.numerics, **p.config.backward_solve.launch_options(),
-    )  # fmt: skip
+    x = {"x": solved.x if p.solve else None, "x_scale": solved.x_scale, "x_query": solved.x_query}
+    dx = grad
+    if p.v is not None:
+        dx = p.new(p.B, p.T, p.H, p.D) if p.solve else None
+        chunk_backward_readout_kernel[p.chunk_grid](
+            d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=kv.states,
+            kv_units=kv.units, dm=dx, dq=result.dq, d_alpha=result.d_alpha, pi=result.pi,
+            scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.geometry,
+            **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
+        )  # fmt: skip
+    elif not p.solve:  # x = q
+        result.pi.zero_()
+        result.dq.copy_(query_gradient(p, grad))
+    if p.solve:
+        chunk_backward_solve_kernel[p.chunk_grid](
+            dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x, fro=solved.fro,
+            kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
+            d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, mu=result.mu,
+            w_local=result.w_local, pi=result.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+            **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
+        )  # fmt: skip
     return result
+
+
+def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
+    """dq of ``chunk_solve`` without a solve: x is the query, normalised if asked for (docs/math.md §4.5)."""
+    if not p.qk_l2norm:
+        return dx
+    norm = torch.linalg.vector_norm(p.q.float(), dim=-1, keepdim=True)
+    unit = p.q.float() / norm.clamp(min=NORM_EPS)
+    radial = torch.where(norm > NORM_EPS, (unit * dx).sum(-1, keepdim=True), 0.0)
+    return (dx - unit * radial) / norm.clamp(min=NORM_EPS)
 
 
 class _StateGradients(NamedTuple):
@@ -253,7 +284,7 @@ def state_gradients(
     kk, w_next, kv = _NO_STATES, None, _NO_STATES
     if p.solve or d_final_kk is not None:
         states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
-        units = p.new(p.chunks, p.H, p.block_d // p.config.block_n)
+        units = p.new(p.chunks, p.H)
         w_next = p.new(p.chunks, p.H)
         d_initial = None if p.initial_kk is None else torch.empty_like(p.initial_kk)
         chunk_backward_state_kk_kernel[(p.block_d // p.config.block_n, p.N * p.H)](
@@ -291,27 +322,46 @@ def token_gradients(
     p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
     incoming: _StateGradients,
 ) -> _TokenGradients:  # fmt: skip
-    """Stage C."""
+    """Stage C: through U (C1), then through H (C2). The last of the two that runs finishes dk, dβ and the gate's gradient."""
     dtype = p.q.dtype if p.group == 1 else torch.float32
+    through_h, through_u = incoming.kk.states is not None, p.v is not None
     partial = p.A_log is not None
-    result = _TokenGradients(
-        dk=p.new(p.B, p.T, p.H, p.D, dtype=dtype),
-        dv=None if p.v is None else p.new(p.B, p.T, p.H, p.V, dtype=dtype),
-        d_beta=None if p.beta is None else torch.empty_like(p.beta),
-        d_log_decay=None if p.log_decay is None else torch.empty_like(p.log_decay),
-        d_A_log=p.new(p.chunks, p.H).zero_() if partial else None,
-        d_dt_bias=p.new(p.chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
-    )
-    chunk_backward_gradient_kernel[p.chunk_grid](
-        q=p.q, k=p.k, v=p.v, d_output=d_output, **p.gate, alpha=p.alpha, beta=p.beta,
-        x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, fro=solved.fro, y=adjoint.y, y_scale=adjoint.y_scale,
-        w_local=adjoint.w_local, pi=adjoint.pi, kk=kk.states, kk_units=kk.units, kv=kv.states, kv_units=kv.units,
-        dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next, dkv=incoming.kv.states,
-        dkv_units=incoming.kv.units, scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand],
-        **result._asdict(), **p.tables, **p.geometry, **p.values, **p.numerics,
-        **p.config.backward_gradient.launch_options(),
-    )  # fmt: skip
-    return result
+    dk = p.new(p.B, p.T, p.H, p.D, dtype=dtype)
+    finished = {
+        "dk": dk,
+        "d_beta": None if p.beta is None else torch.empty_like(p.beta),
+        "d_log_decay": None if p.log_decay is None else torch.empty_like(p.log_decay),
+        "d_A_log": p.new(p.chunks, p.H).zero_() if partial else None,
+        "d_dt_bias": p.new(p.chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
+    }
+    if not through_h and not through_u:  # x = q, and nothing flows into the state: keys and gates have no part in it
+        for tensor in finished.values():
+            if tensor is not None:
+                tensor.zero_()
+        return _TokenGradients(dv=None, **finished)
+    shared = {
+        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, "x": solved.x if p.solve else None, "x_scale": solved.x_scale,
+        "x_query": solved.x_query, "pi": adjoint.pi, **finished, "GROUP": p.group, "SOLVE": p.solve,
+        "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
+    }  # fmt: skip
+    dv = None
+    part = {"dk_u": None, "v_dv_u": None, "j_u": None}
+    if through_u:
+        dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
+        if through_h:
+            part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "v_dv_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
+        chunk_backward_value_kernel[p.chunk_grid](
+            d_output=d_output, v=p.v, alpha=p.alpha, kv=kv.states, kv_units=kv.units, dkv=incoming.kv.states,
+            dkv_units=incoming.kv.units, dv=dv, scale=p.scale, **part, **shared, **p.values,
+            **p.config.backward_value.launch_options(),
+        )  # fmt: skip
+    if through_h:
+        chunk_backward_key_kernel[p.chunk_grid](
+            fro=solved.fro, y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states,
+            kk_units=kk.units, dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next, BLOCK_N=p.config.block_n,
+            **part, **shared, **p.config.backward_key.launch_options(),
+        )  # fmt: skip
+    return _TokenGradients(dv=dv, **finished)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

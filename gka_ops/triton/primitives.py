@@ -187,32 +187,54 @@ def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------------- the system
 @triton.jit
-def load_state(p, p_unit, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Column block ``i_col`` of a stored chunk state [.., ROWS, n·BLOCK] with its unit."""
+def state_unit(bound):
+    """(unit, 1/unit) of a stored state whose entries are at most ``bound``: scaled, they stay below 8. (0, 0) of a zero state.
+
+    The bound is carried along with the state, from the units of what enters it, so that every column block of a state has
+    the same unit without talking to the others. It may be too large by some powers of two: fp16 has room for that below.
+    """
+    unit = pow2_floor(bound) * 0.25
+    return tl.where(bound == 0, 0.0, unit), tl.where(bound == 0, 0.0, 1 / unit)
+
+
+@triton.jit
+def largest_entry(p, R, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCKS: tl.constexpr):
+    """max |S| of a whole initial or final state [D, R] at ``p``, one column block after the other."""
+    bound = 0.0
+    for i_r in range(BLOCKS):
+        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        b = tl.load(p + o_d[:, None] * R + o_r[None, :], mask=(o_d < D)[:, None] & (o_r < R)[None, :], other=0.0)
+        bound = tl.maximum(bound, tl.max(tl.max(tl.abs(b), axis=1), axis=0), propagate_nan=tl.PropagateNan.ALL)
+    return bound
+
+
+@triton.jit
+def load_state(p, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column block ``i_col`` [ROWS, BLOCK] of a stored chunk state [.., ROWS, COLS], in units of its unit."""
     o_r, o_c = tl.arange(0, ROWS), i_col * BLOCK + tl.arange(0, BLOCK)
-    b = tl.load(p + i_state * ROWS * COLS + o_r[:, None] * COLS + o_c[None, :])
-    return b, tl.load(p_unit + i_state * (COLS // BLOCK) + i_col)
+    return tl.load(p + i_state * ROWS * COLS + o_r[:, None] * COLS + o_c[None, :])
 
 
 @triton.jit
-def load_square_state(p, p_unit, i_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A whole stored key-key state [BLOCK_D, BLOCK_D] under one unit; its column blocks were stored under their own."""
-    o_r, o_c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D)
-    b = tl.load(p + i_state * BLOCK_D * BLOCK_D + o_r[:, None] * BLOCK_D + o_c[None, :])
-    units = tl.load(p_unit + i_state * (BLOCK_D // BLOCK_N) + o_c // BLOCK_N)
-    unit = tl.max(units, axis=0)
-    return (b * (units / unit)[None, :]).to(b.dtype), unit
+def state_inner_product(p_a, p_b, i_state, BLOCK_D: tl.constexpr):
+    """<A, B> of two stored key-key states, in units of the product of their units."""
+    BLOCK: tl.constexpr = min(BLOCK_D, 32)
+    total = 0.0
+    for i_col in range(BLOCK_D // BLOCK):
+        b_a = load_state(p_a, i_state, i_col, BLOCK_D, BLOCK_D, BLOCK).to(tl.float32)
+        b_b = load_state(p_b, i_state, i_col, BLOCK_D, BLOCK_D, BLOCK).to(tl.float32)
+        total += tl.sum(tl.sum(b_a * b_b, axis=1), axis=0)
+    return total
 
 
 @triton.jit
-def frobenius_norm(b_k, kappa, b_h, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
+def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
     """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
 
-    F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
+    ``h_square`` is ‖H_c‖_F² in units of ``h_unit``². F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
     """
     o_c = tl.arange(0, C)
-    b_h32 = b_h.to(tl.float32)
-    f_c = tl.sqrt(tl.sum(tl.sum(b_h32 * b_h32, axis=1), axis=0)) * h_unit
+    f_c = tl.sqrt(h_square) * h_unit
     weight = kappa * kappa
     unit = pow2_floor(tl.maximum(tl.max(weight, axis=0), f_c))  # F in units of the chunk's largest term: no overflow
     weight = weight / unit
@@ -243,13 +265,8 @@ def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr):
 
 @triton.jit
 def operator_weights(weight_h, unit_h, kappa, gamma, b_m):
-    """φ [C] and Ψ [C, C] of the normalised operator (MATH.md §3.2): both at most 1, because F_t bounds what they divide.
-
-    Only an empty state could make φ larger, its unit being arbitrary; there any φ will do, but it must not overflow fp16.
-    """
-    phi = gamma * unit_h * weight_h
-    phi = tl.where(phi > 1, 1.0, phi)
-    return phi, b_m * weight_h[:, None] * (kappa * kappa)[None, :]
+    """φ [C] and Ψ [C, C] of the normalised operator (MATH.md §3.2): φ‖Ĥ‖ and Ψ are at most 1, F_t bounds what they divide."""
+    return gamma * unit_h * weight_h, b_m * weight_h[:, None] * (kappa * kappa)[None, :]
 
 
 @triton.jit
@@ -323,3 +340,79 @@ def load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D: tl.constexpr, BL
         b_x *= load_scalars(x_scale, o_row, m_t, 1.0)[:, None]
         b_x += load_scalars(x_query, o_row, m_t, 0.0)[:, None] * b_q
     return b_x
+
+
+@triton.jit
+def query_scores(
+    q, x, x_scale, x_query, b_k, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, SOLVE: tl.constexpr,
+    QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K Qᵀ, K Xᵀ [C, C] of the effective queries and solutions, and a bound [C] of the entries of X's rows.
+
+    K Xᵀ is formed from K Qᵀ and K Wᵀ where x = c q + w: the part of x along q is too large to be rounded with the rest.
+    """
+    b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    b_kq = tl.dot(b_k, tl.trans(b_q.to(b_k.dtype)), input_precision=PRECISION) * weight_q[None, :]
+    b_kx, bound = b_kq, weight_q
+    if SOLVE:
+        if x_scale is not None:
+            c = load_scalars(x_query, o_row, m_t, 0.0)
+            unit_w = load_scalars(x_scale, o_row, m_t, 0.0)
+            b_w = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
+            bound = 2 * (tl.abs(c) * weight_q + unit_w)  # scaled rows have entries below 2
+        else:
+            b_q *= weight_q[:, None]
+            b_w = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
+            bound = tl.max(tl.abs(b_w), axis=1)
+            b_w, c = split_along_query(b_w, b_q)
+            b_w, unit_w = scale_rows(b_w)
+        b_kx = b_kq * c[None, :]
+        b_kx += tl.dot(b_k, tl.trans(b_w.to(b_k.dtype)), input_precision=PRECISION) * unit_w[None, :]
+    return b_kq, b_kx, bound
+
+
+# --------------------------------------------------------------------------------------------------- key gradients
+@triton.jit
+def store_gate_gradients(
+    k_dk, v_dv, j_next, kappa, b_beta, key_norm, unit_k, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log,
+    dt_bias, pi, o_row, m_t, i_h, i_state, QK_L2NORM: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
+):  # fmt: skip
+    """dβ and dg (or the raw projection's gradient) of one chunk (MATH.md §4.4–4.5).
+
+    ``k_dk`` is k̂·dk through H, over κ; ``v_dv`` is v·dv of the value that came in, before β, and equals k·dk through U.
+    """
+    if d_beta is not None:  # β scales key and value alike: β dβ = k·dk + v·dv
+        if QK_L2NORM:
+            weight = kappa / key_norm
+        else:
+            weight = kappa * unit_k
+        tl.store(d_beta + o_row, (weight * k_dk + 2 * v_dv).to(d_beta.dtype.element_ty), mask=m_t)
+    if d_log_decay is not None:  # dg_t = J⁺ + Σ_{s>=t} (π_s − (k_s·dk_s + v_s·dv_s)/2)
+        b_pi = load_scalars(pi, o_row, m_t, 0.0)
+        b_kappa = tl.where(m_t, 0.5 * kappa * kappa * k_dk + b_beta * v_dv, 0.0)
+        b_dg = j_next + tl.cumsum(b_pi - b_kappa, axis=0, reverse=True)
+        b_dg = tl.where(m_t & (b_g > MIN_LOG_DECAY), b_dg, 0.0)
+        if A_log is not None:
+            b_a = load_scalars(log_decay, o_row, m_t, 0.0)
+            if dt_bias is not None:
+                b_a += tl.load(dt_bias + i_h).to(tl.float32)
+            tl.store(d_A_log + i_state, tl.sum(b_dg * b_g, axis=0))
+            b_dg *= -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * sigmoid(b_a)
+            if d_dt_bias is not None:
+                tl.store(d_dt_bias + i_state, tl.sum(b_dg, axis=0))
+        tl.store(d_log_decay + o_row, b_dg.to(d_log_decay.dtype.element_ty), mask=m_t)
+
+
+@triton.jit
+def key_gradient(b_dk, b_k, k_dk, v_dv, kappa, b_beta, key_norm, unit_k, QK_L2NORM: tl.constexpr, FLOOR: tl.constexpr):
+    """Columns of the gradient of the key that came in, from those of the effective key κ k̂ (MATH.md §4.5).
+
+    The radial part k̂·dk comes from the scalars of :func:`store_gate_gradients`: k_e·dk_e = κ² k_dk + β v_dv.
+    """
+    if QK_L2NORM:
+        radial = b_beta / key_norm * (kappa * k_dk + key_norm * v_dv)
+        radial = tl.where(key_norm > FLOOR / unit_k, radial, 0.0)  # at or below ε the denominator is constant
+        b_dk = b_dk * b_beta[:, None] - b_k * (radial / key_norm)[:, None]
+        return b_dk * (1 / (key_norm * unit_k))[:, None]
+    else:
+        return b_dk * b_beta[:, None]

@@ -1,4 +1,4 @@
-"""The standard-library language model: its smallest preset runs as a user would run it, and reports its measurements."""
+"""The standard-library language model: its smallest preset runs as a user runs it, and reports its measurements."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_tiny_preset_meets_every_expectation(
     assert process.returncode == 0, process.stdout + process.stderr
     found: dict[str, Any] = json.loads((out / "figures.json").read_text())
     assert found.keys() == {
-        "preset", "seed", "device", "torch", "threads", "corpus", "models", "operator_errors", "decoding",
-        "wall_seconds", "failures",
+        "preset", "seed", "device", "torch", "threads", "corpus", "models", "saved_bits", "saved_bits_error",
+        "operator_errors", "decoding", "wall_seconds", "failures",
     }  # fmt: skip
     assert (found["seed"], found["preset"]["steps"], found["failures"]) == (3, STEPS, [])
 
@@ -70,6 +70,9 @@ def test_tiny_preset_meets_every_expectation(
         compilation = model["training"]["compilation"]
         assert (compilation["graph_breaks"], compilation["training_graphs"], compilation["recompiles"]) == (0, 1, 0)
         assert len(set(compilation["lengths"])) == 3
+    saved = models["linear"]["bits_per_byte"] - models["gka"]["bits_per_byte"]
+    assert abs(found["saved_bits"] - saved) < 1e-9
+    assert 0 < found["saved_bits_error"] < 8
     first = [model["training"]["losses"][0] for model in models.values()]
     assert abs(first[0] - first[1]) < 1.0  # the same initial values and the same first batch
 

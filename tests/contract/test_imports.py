@@ -36,7 +36,7 @@ RULES = (
     Rule(
         "gka_ops.ops",
         ours=("gka_ops.validation", NUMERICS),
-        lazy=("gka_ops.triton.*", "gka_ops.reference.backend"),
+        lazy=("gka_ops.triton.*", "gka_ops.reference.backend", "gka_ops.reference.double_backward"),
         third_party=TORCH,
     ),
     Rule(

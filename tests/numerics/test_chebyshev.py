@@ -278,6 +278,16 @@ def test_resets_at_the_clamp(dtype: torch.dtype) -> None:
     assert max_error(actual["output"], expected["output"]) < tolerance
 
 
+def test_decays_keep_their_digits_after_resets() -> None:
+    """e^x of an x rounded to fp32 is right to (|x| + 2) u, also where the sums that x is a difference of are −4000."""
+    g = -torch.rand(1, 1, 1, 64)
+    g[..., ::2] = -120.0
+    single, double = chebyshev.chunk_decays(g), chebyshev.chunk_decays(g.double())
+    for name, exact in double._asdict().items():
+        error = (getattr(single, name).double() - exact).abs()
+        assert (error <= (exact.clamp(min=1e-30).log().abs() + 2) * 2.0**-24 * exact + 1e-38).all(), name
+
+
 def test_keys_with_extreme_weights() -> None:
     problem = make_problem(T=60, D=8, min_beta=1e-6, mean_decay=0.05)
     assert max_error(chunked_gka(problem)["output"], exact_gka(problem)["output"]) < ROUNDING

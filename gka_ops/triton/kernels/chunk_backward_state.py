@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     key_weight,
+    largest_entry,
     load_log_decay,
     load_query,
     load_rows,
@@ -13,6 +14,7 @@ from gka_ops.triton.primitives import (
     scale_rows,
     scale_tile,
     sequence_bounds,
+    state_unit,
 )
 
 
@@ -34,7 +36,7 @@ def chunk_backward_state_kk_kernel(
     initial,  # H_0 [N, H, D, D] fp32 or None; read with d_initial
     d_final,  # [N, H, D, D] fp32 or None
     states,  # out R⁺ [chunks, H, BLOCK_D, BLOCK_D] operand dtype
-    units,  # out [chunks, H, BLOCK_D / BLOCK_N] fp32
+    units,  # out [chunks, H] fp32
     w_next,  # out [chunks, H] fp32: w⁺, so that Ω⁺ = R⁺ + w⁺ H_end
     d_initial,  # out [N, H, D, D] fp32 or None
     cu_seqlens,
@@ -66,16 +68,18 @@ def chunk_backward_state_kk_kernel(
 
     b_r = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     b_w_next = 0.0
+    bound = 0.0
     if d_final is not None:  # sym(dH_T)
         p_transposed = p_nh + o_col[None, :] * D + o_d[:, None]
         b_r += 0.5 * tl.load(d_final + p_state, mask=m_state, other=0.0)
         b_r += 0.5 * tl.load(d_final + p_transposed, mask=m_state, other=0.0)
+        bound = largest_entry(d_final + p_nh, D, o_d, D, BLOCK_D, BLOCK_N, BLOCK_D // BLOCK_N)
     for i in range(n_chunks):
         i_c = n_chunks - 1 - i
         i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        b_scaled, unit = scale_tile(b_r)
-        tl.store(states + i_state * BLOCK_D * BLOCK_D + p_stored, b_scaled.to(states.dtype.element_ty))
-        tl.store(units + i_state * (BLOCK_D // BLOCK_N) + i_col, unit)
+        unit, inverse = state_unit(bound)
+        tl.store(states + i_state * BLOCK_D * BLOCK_D + p_stored, (b_r * inverse).to(states.dtype.element_ty))
+        tl.store(units + i_state, unit, mask=i_col == 0)
         tl.store(w_next + i_state, b_w_next, mask=i_col == 0)
 
         o_t = start + i_c * C + tl.arange(0, C)
@@ -84,6 +88,7 @@ def chunk_backward_state_kk_kernel(
         b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
         c_end = tl.sum(b_g, axis=0)
         b_r *= tl.exp(c_end)
+        bound *= tl.exp(c_end)
         if x is not None:
             b_c = tl.cumsum(b_g, axis=0)
             gamma, tau = tl.exp(b_c), tl.exp(c_end - b_c)
@@ -93,6 +98,7 @@ def chunk_backward_state_kk_kernel(
             kappa = key_weight(b_k, unit_k, load_scalars(beta, o_row, m_t, 1.0), QK_L2NORM, NORM_EPS)
             b_col = load_rows(k, o_kv, m_t, o_col, D, BLOCK_D)
             b_right, unit = scale_tile(b_col * (gamma * b_w * kappa * kappa / unit_k)[:, None])
+            bound += 4 * tl.sum(gamma * tl.abs(b_w) * kappa * kappa, axis=0)  # scaled entries are below 2
             b_r += unit * tl.dot(
                 tl.trans(b_k.to(states.dtype.element_ty)), b_right.to(states.dtype.element_ty), input_precision=PRECISION
             )
@@ -105,6 +111,7 @@ def chunk_backward_state_kk_kernel(
             weight = -0.5 * gamma * load_scalars(y_scale, o_row, m_t, 0.0)
             b_col = load_rows(y, o_row, m_t, o_col, D, BLOCK_D)
             b_right, unit = scale_tile(b_col * (weight * unit_x)[:, None])
+            bound += 8 * tl.sum(tl.abs(weight) * unit_x, axis=0)
             b_r += unit * tl.dot(
                 tl.trans(b_x.to(states.dtype.element_ty)), b_right.to(states.dtype.element_ty), input_precision=PRECISION
             )
@@ -163,13 +170,15 @@ def chunk_backward_state_kv_kernel(
     p_stored = o_d[:, None] * V_PAD + o_v[None, :]
 
     b_xi = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
+    bound = 0.0
     if d_final is not None:
         b_xi += tl.load(d_final + p_state, mask=m_state, other=0.0)
+        bound = largest_entry(d_final + i_nh.to(tl.int64) * D * V, V, o_d, D, BLOCK_D, BLOCK_V, V_PAD // BLOCK_V)
     for i in range(n_chunks):
         i_c = n_chunks - 1 - i
         i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        b_scaled, unit = scale_tile(b_xi)
-        tl.store(states + i_state * BLOCK_D * V_PAD + p_stored, b_scaled.to(states.dtype.element_ty))
+        unit, inverse = state_unit(bound)
+        tl.store(states + i_state * BLOCK_D * V_PAD + p_stored, (b_xi * inverse).to(states.dtype.element_ty))
         tl.store(units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
 
         o_t = start + i_c * C + tl.arange(0, C)
@@ -188,6 +197,8 @@ def chunk_backward_state_kv_kernel(
         b_update = tl.dot(
             tl.trans(b_mix.to(states.dtype.element_ty)), b_do.to(states.dtype.element_ty), input_precision=PRECISION
         )
-        b_xi = b_xi * tl.exp(tl.sum(b_g, axis=0)) + unit * b_update
+        gamma_end = tl.exp(tl.sum(b_g, axis=0))
+        b_xi = b_xi * gamma_end + unit * b_update
+        bound = bound * gamma_end + 4 * C * unit
     if d_initial is not None:
         tl.store(d_initial + p_state, b_xi, mask=m_state)

@@ -15,12 +15,12 @@ from gka_ops.triton.primitives import (
     load_ridge,
     load_rows,
     load_scalars,
-    load_square_state,
     load_state,
     normalise,
     operator_weights,
     scale_rows,
     split_along_query,
+    state_inner_product,
     store_rows,
 )
 
@@ -38,7 +38,7 @@ def chunk_forward_kernel(
     ridge_scale_tensor,  # [H] or [tokens, H] or None
     ridge_offset_tensor,  # [H] or [tokens, H] or None
     kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype; read if SOLVE
-    kk_units,  # [chunks, H, BLOCK_D / BLOCK_N] fp32
+    kk_units,  # [chunks, H] fp32
     kv,  # U_c [chunks, H, BLOCK_D, V_PAD] operand dtype; read if v is given
     kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     output,  # out [tokens, H, V], or None: solve only
@@ -59,7 +59,6 @@ def chunk_forward_kernel(
     D: tl.constexpr,
     V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
     C: tl.constexpr,
@@ -96,8 +95,9 @@ def chunk_forward_kernel(
 
     b_x = b_q * weight_q[:, None]  # num_iter = 0: x = q
     if SOLVE:
-        b_h, unit_h = load_square_state(kk, kk_units, i_state, BLOCK_D, BLOCK_N)
-        b_fro = frobenius_norm(b_k, kappa, b_h, unit_h, gamma, b_m, C, PRECISION)
+        b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+        h_square = state_inner_product(kk, kk, i_state, BLOCK_D)
+        b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, C, PRECISION)
         b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
         b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
         inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
@@ -131,7 +131,8 @@ def chunk_forward_kernel(
         b_s = dot_split(b_x, tl.trans(b_k), PRECISION) * b_m * (kappa * b_beta)[None, :]
         for i_v in range(V_PAD // BLOCK_V):
             o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            b_u, unit_u = load_state(kv, kv_units, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+            b_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+            unit_u = tl.load(kv_units + i_state * (V_PAD // BLOCK_V) + i_v)
             b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
             b_p, unit_p = scale_rows(b_s * unit_v[None, :])
             b_o = dot_split(b_x, b_u, PRECISION) * (gamma * unit_u)[:, None]

@@ -5,12 +5,14 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     key_weight,
+    largest_entry,
     load_log_decay,
     load_rows,
     load_scalars,
     scale_rows,
     scale_tile,
     sequence_bounds,
+    state_unit,
 )
 
 
@@ -24,7 +26,7 @@ def chunk_state_kernel(
     beta,  # [tokens, H] or None
     initial,  # [N, H, D, R] fp32 or None
     states,  # out [chunks, H, BLOCK_D, R_PAD] operand dtype
-    units,  # out [chunks, H, R_PAD / BLOCK_R] fp32
+    units,  # out [chunks, H] (RIGHT_IS_KEY) or [chunks, H, R_PAD / BLOCK_R] fp32
     final,  # out [N, H, D, R] fp32 or None
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] first chunk of each sequence, or None
@@ -53,13 +55,18 @@ def chunk_state_kernel(
     p_stored = o_d[:, None] * R_PAD + o_r[None, :]
 
     b_state = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    bound = 0.0
     if initial is not None:
         b_state += tl.load(initial + p_state, mask=m_state, other=0.0)
+        bound = largest_entry(initial + i_nh.to(tl.int64) * D * R, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
     for i_c in range(n_chunks):
         i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        b_scaled, unit = scale_tile(b_state)
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, b_scaled.to(states.dtype.element_ty))
-        tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit)
+        unit, inverse = state_unit(bound)
+        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * inverse).to(states.dtype.element_ty))
+        if RIGHT_IS_KEY:
+            tl.store(units + i_state, unit, mask=i_r == 0)
+        else:
+            tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit)
 
         o_t = start + i_c * C + tl.arange(0, C)
         m_t = o_t < end
@@ -77,9 +84,15 @@ def chunk_state_kernel(
         else:
             weight = b_tau * kappa * b_beta
         b_r, unit_r = scale_tile(b_r * weight[:, None])
+        if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
+            bound_update = 4 * tl.sum(b_tau * kappa * kappa, axis=0)
+        else:
+            bound_update = 4 * C * unit_r
         b_update = tl.dot(
             tl.trans(b_k.to(states.dtype.element_ty)), b_r.to(states.dtype.element_ty), input_precision=PRECISION
         )
-        b_state = b_state * tl.exp(c_end) + b_update * unit_r
+        gamma_end = tl.exp(c_end)
+        b_state = b_state * gamma_end + b_update * unit_r
+        bound = bound * gamma_end + bound_update
     if final is not None:
         tl.store(final + p_state, b_state, mask=m_state)

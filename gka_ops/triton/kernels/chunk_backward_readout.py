@@ -1,0 +1,108 @@
+"""Backward, stage A1: gradient of the read-out, dMix, and what follows from it token by token (MATH.md §4.1–4.2)."""
+
+import triton
+import triton.language as tl
+
+from gka_ops.triton.primitives import (
+    chunk_bounds,
+    decay_matrix,
+    key_weight,
+    load_log_decay,
+    load_query,
+    load_rows,
+    load_scalars,
+    load_solution,
+    load_state,
+    normalise_rows_backward,
+    scale_rows,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_backward_readout_kernel(
+    d_output,  # [tokens, H, V]
+    q,  # [tokens, H, D]
+    k,  # [tokens, Hkv, D]
+    v,  # [tokens, Hkv, V]
+    log_decay,  # [tokens, H] or None
+    A_log,  # [H] or None
+    dt_bias,  # [H] or None
+    alpha,  # [tokens, H] or None
+    beta,  # [tokens, H] or None
+    x,  # [tokens, H, D]; read if SOLVE
+    x_scale,  # [tokens, H] fp32 or None
+    x_query,  # [tokens, H] fp32; read with x_scale
+    kv,  # U_c [chunks, H, BLOCK_D, V_PAD]
+    kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
+    dm,  # out [tokens, H, D] fp32: rounding it off the keys' span would come back 1/ρ times as large; written if SOLVE
+    dq,  # out [tokens, H, D]; written unless SOLVE
+    d_alpha,  # out [tokens, H] or None
+    pi,  # out [tokens, H] fp32: (1 − α) q·dm, or q·dm unless SOLVE
+    cu_seqlens,
+    chunk_offsets,
+    chunk_sequence,
+    scale,
+    T,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    C: tl.constexpr,
+    SOLVE: tl.constexpr,
+    QK_L2NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    MIN_LOG_DECAY: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program does one chunk of one query head: dMix = s [diag(γ) dO U_cᵀ + (M ∘ dO Vᵀ) K]."""
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    if i_n < 0:
+        return
+    i_state = i_c.to(tl.int64) * H + i_h
+    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
+    m_t = o_t < end
+    o_row = o_t.to(tl.int64) * H + i_h
+    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+
+    b_dm = tl.zeros((C, BLOCK_D), tl.float32)
+    b_s = tl.zeros((C, C), tl.float32)
+    for i_v in range(V_PAD // BLOCK_V):
+        o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_do, unit_do = scale_rows(load_rows(d_output, o_row, m_t, o_v, V, V_PAD))
+        b_do = b_do.to(OPERAND)
+        b_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+        unit_u = tl.load(kv_units + i_state * (V_PAD // BLOCK_V) + i_v)
+        b_dm += tl.dot(b_do, tl.trans(b_u), input_precision=PRECISION) * (unit_do * unit_u)[:, None]
+        b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
+        b_dov = tl.dot(b_do, tl.trans(b_v.to(OPERAND)), input_precision=PRECISION)
+        b_s += b_dov * unit_do[:, None] * unit_v[None, :]
+
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    b_beta = load_scalars(beta, o_row, m_t, 1.0)
+    b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
+    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+    b_p, unit_p = scale_rows(b_s * decay_matrix(b_c, C) * (kappa * b_beta)[None, :])
+    b_dm *= (scale * tl.exp(b_c))[:, None]
+    b_dm += tl.dot(b_p.to(OPERAND), b_k.to(OPERAND), input_precision=PRECISION) * (scale * unit_p)[:, None]
+
+    b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    b_pi = tl.sum(b_dm * b_q, axis=1) * weight_q  # q·dm
+    b_d_alpha = tl.zeros((C,), tl.float32)
+    if SOLVE:
+        store_rows(dm, b_dm, o_row, m_t, o_d, D, BLOCK_D)
+        b_q *= weight_q[:, None]
+        b_x = load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D, BLOCK_D)
+        b_d_alpha += tl.sum(b_dm * (b_x - b_q), axis=1)
+        b_pi *= 1 - load_scalars(alpha, o_row, m_t, 1.0)
+    else:  # Mix = q
+        b_dq = normalise_rows_backward(b_dm, b_q, unit_q, QK_L2NORM, NORM_EPS)
+        store_rows(dq, b_dq, o_row, m_t, o_d, D, BLOCK_D)
+    if d_alpha is not None:
+        tl.store(d_alpha + o_row, b_d_alpha.to(d_alpha.dtype.element_ty), mask=m_t)
+    tl.store(pi + o_row, b_pi, mask=m_t)
