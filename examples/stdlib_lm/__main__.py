@@ -39,6 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="by default cuda if there is a card, else cpu")
     parser.add_argument("--steps", type=int, help="optimiser steps of each training, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of initial parameters and batches")
+    parser.add_argument("--backend", help="of torch.compile; aot_eager needs no compiler on the machine")
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="where figures.json and loss.png go")
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 2:
@@ -143,6 +144,8 @@ def main() -> int:
     preset = PRESETS[options.preset or device.type]
     if options.steps is not None:
         preset = dataclasses.replace(preset, steps=options.steps)
+    if options.backend is not None:
+        preset = dataclasses.replace(preset, backend=options.backend)
     console = Console()
     try:
         result = run(preset, options.seed, device, console)

@@ -30,6 +30,7 @@ class Preset:
         autocast: dtype of autocast in training and evaluation, or ``None`` for plain fp32.
         tie_margin: a decoded byte may differ from the recomputed one only where the two best logits are closer than
             this. 0 asks for equality.
+        backend: compiler behind ``torch.compile``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Preset:
     generated_bytes: int
     autocast: torch.dtype | None = None
     tie_margin: float = 0.0
+    backend: str = "inductor"
 
 
 PRESETS: dict[str, Preset] = {
@@ -83,7 +85,7 @@ PRESETS: dict[str, Preset] = {
             mlp_size=256,
             sequence_length=256,
             batch_size=4,
-            steps=500,
+            steps=300,
             learning_rate=5e-3,
             warmup=20,
             eval_windows=256,
@@ -105,7 +107,7 @@ PRESETS: dict[str, Preset] = {
             learning_rate=1e-3,
             warmup=50,
             eval_windows=128,
-            error_tokens=1024,
+            error_tokens=512,
             prompt_bytes=1024,
             generated_bytes=512,
             autocast=torch.bfloat16,

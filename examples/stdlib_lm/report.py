@@ -133,8 +133,9 @@ def tables(run: Run) -> str:
         f"{corpus.train_files} files ({corpus.train.numel():,} bytes); evaluated on {run.eval_bytes:,} bytes of "
         f"{len(corpus.held_out_files)} files that were held out ({corpus.held_out.numel():,} bytes)",
         "Equal parameters, initial values, batches and steps\n" + _models_table(run),
-        f"The solve saves {run.saved_bits:+.4f} ± {run.saved_bits_error:.4f} bits a byte (standard error over windows)",
-        "Compilation, fullgraph=True\n" + _compilation_table(run),
+        f"The solve saves {run.saved_bits:+.4f} bits a byte in this run; standard error over the evaluated windows "
+        f"{run.saved_bits_error:.4f}, the spread between seeds comes on top",
+        f"Compilation, fullgraph=True, backend {preset.backend}\n" + _compilation_table(run),
         "Relative error of the operator per token and head against fp64, trained model, real text\n"
         + _errors_table(run),
         f"Greedy continuation of {run.prompt_file}: chunk_gka prefill, then recurrent_gka\n" + _decoding_table(run),

@@ -87,6 +87,13 @@ def _schedule(preset: Preset) -> Callable[[int], float]:
     return factor
 
 
+def _any_length(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tells the compiler that the second dimension of ``batch`` varies; it fails where the model would fix it."""
+    for tensor in batch:
+        torch._dynamo.mark_dynamic(tensor, 1)
+    return batch
+
+
 def _graphs() -> int:
     """Graphs that Dynamo has compiled since its counters were cleared."""
     return int(counters["stats"]["unique_graphs"])
@@ -95,14 +102,14 @@ def _graphs() -> int:
 def _try_lengths(loss: Loss, model: ByteLM, batches: Batches, preset: Preset) -> tuple[list[int], int]:
     """Runs forward and backward at three new sequence lengths; returns them and how many graphs that compiled.
 
-    The lengths stay within a third of the trained one. On the CPU, Inductor sums more than 4096 numbers by another
-    kernel than fewer, and so guards on batch size times length; lengths far away meet that guard, whatever the model.
+    They are shorter than the trained one. On the CPU, Inductor sums more than 4096 numbers by another kernel than
+    fewer: a graph compiled for a small batch is compiled again for one that exceeds this, whatever the model.
     """
     T = preset.sequence_length
-    lengths = [T - T // 4 - 1, T - T // 8 + 1, T + T // 4 + 3]
+    lengths = [T // 3, T // 2 + 1, T - T // 8]
     before = _graphs()
     for length in lengths:
-        inputs, targets = batches.next(length)
+        inputs, targets = _any_length(batches.next(length))
         with autocast(preset, batches.device):
             value = loss(model, inputs, targets)
         value.backward()
@@ -127,12 +134,12 @@ def train(
         explanation = torch._dynamo.explain(next_byte_loss)(model, *example)
     torch._dynamo.reset()
     counters.clear()
-    loss: Loss = torch.compile(next_byte_loss, fullgraph=True, dynamic=True)
+    loss: Loss = torch.compile(next_byte_loss, fullgraph=True, backend=preset.backend)
 
     losses: list[float] = []
     start = first_step_end = time.perf_counter()
     for step in range(preset.steps):
-        inputs, targets = batches.next()
+        inputs, targets = _any_length(batches.next())
         with autocast(preset, device):
             value = loss(model, inputs, targets)
         value.backward()

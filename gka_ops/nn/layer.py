@@ -213,14 +213,13 @@ class GatedKalmaNet(nn.Module):
         """
         self._check(x, cache, cu_seqlens)
         operands = self.operands(x, cache, cu_seqlens)
-        ridge, tol = _constant(self.ridge), _constant(self.tol)
         if cache is not None and cu_seqlens is None and x.shape[1] == 1:
             o = recurrent_gka(
                 *operands,
                 state=cache.state,
-                ridge=ridge,
+                ridge=self.ridge,
                 num_iter=self.num_iter,
-                tol=tol,
+                tol=self.tol,
                 qk_l2norm=True,
                 gate=self.gate,
                 impl=self.impl,
@@ -228,9 +227,9 @@ class GatedKalmaNet(nn.Module):
         else:
             o, final_state = chunk_gka(
                 *operands,
-                ridge=ridge,
+                ridge=self.ridge,
                 num_iter=self.num_iter,
-                tol=tol,
+                tol=self.tol,
                 qk_l2norm=True,
                 gate=self.gate,
                 initial_state=None if cache is None else cache.state,
@@ -275,18 +274,6 @@ class GatedKalmaNet(nn.Module):
             f"num_kv_heads={self.num_kv_heads}, head_v_dim={self.head_v_dim}, conv_size={self.conv_size}, "
             f"ridge={self.ridge}, num_iter={self.num_iter!r}"
         )
-
-
-def _constant(value: float) -> float:
-    """``value``, baked into a graph under compilation, where ``dynamic=True`` makes a symbol of every float.
-
-    The iteration count depends on ridge and tolerance, so they cannot stay symbols.
-    """
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import, but loaded while compiling
-
-        return float(guard_scalar(value))
-    return value
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -149,30 +149,26 @@ def ridge_kind(problem: Any) -> dict[str, bool]:
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
-def key_key_states(p: _Problem, want_final: bool) -> _States:
-    """H_c of every chunk."""
-    return _forward_states(p, p.k, p.D, p.block_d, p.config.block_n, p.initial_kk, want_final, right_is_key=True)
-
-
-def key_value_states(p: _Problem, want_final: bool) -> _States:
-    """U_c of every chunk."""
-    assert p.v is not None
-    return _forward_states(p, p.v, p.V, p.v_pad, p.config.block_v, p.initial_kv, want_final, right_is_key=False)
-
-
-def _forward_states(
-    p: _Problem, right: Tensor, size: int, padded: int, block: int, initial: Tensor | None, want_final: bool,
-    right_is_key: bool,
-) -> _States:  # fmt: skip
-    states = p.new(p.chunks, p.H, p.block_d, padded, dtype=p.operand)
-    units = p.new(p.chunks, p.H) if right_is_key else p.new(p.chunks, p.H, padded // block)
-    final = p.new(p.N, p.H, p.D, size) if want_final else None
-    chunk_state_kernel[(padded // block, p.N * p.H)](
-        k=p.k, r=right, **p.gate, beta=p.beta, initial=initial, states=states, units=units, final=final,
-        chunk_offsets=p.chunk_offsets, GROUP=p.group, R=size, BLOCK_R=block, R_PAD=padded, RIGHT_IS_KEY=right_is_key,
-        **p.geometry, **p.numerics, **p.config.state.launch_options(),
-    )  # fmt: skip
-    return _States(states, units, final)
+def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States, _States]:
+    """H_c (if wanted) and U_c (if there are values) of every chunk, in one pass."""
+    kk = kv = _NO_STATES
+    if want_kk:
+        states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
+        kk = _States(states, p.new(p.chunks, p.H), p.new(p.N, p.H, p.D, p.D) if want_final else None)
+    if p.v is not None:
+        states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
+        units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
+        kv = _States(states, units, p.new(p.N, p.H, p.D, p.V) if want_final else None)
+    kk_blocks = p.block_d // p.config.block_n if want_kk else 0
+    kv_blocks = 0 if p.v is None else p.v_pad // p.config.block_v
+    if kk_blocks + kv_blocks > 0:
+        chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
+            k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
+            kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
+            chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=p.config.block_n, KK_BLOCKS=kk_blocks,
+            KV_BLOCKS=kv_blocks, **p.geometry, **p.values, **p.numerics, **p.config.state.launch_options(),
+        )  # fmt: skip
+    return kk, kv
 
 
 class _Solved(NamedTuple):
@@ -367,8 +363,7 @@ def token_gradients(
 # --------------------------------------------------------------------------------------------------------- operators
 def _forward(p: _Problem, output_final_state: bool, x_dtype: torch.dtype | None) -> tuple[_Solved, _States, _States]:
     with _on_device(p.q):
-        kk = key_key_states(p, output_final_state) if p.solve or output_final_state else _NO_STATES
-        kv = key_value_states(p, output_final_state) if p.v is not None else _NO_STATES
+        kk, kv = chunk_states(p, p.solve or output_final_state, output_final_state)
         if p.tokens == 0:
             output = None if p.v is None else torch.empty_like(p.q[..., :1].expand(*p.q.shape[:-1], p.V))
             x = None if x_dtype is None else p.q.new_empty(p.q.shape, dtype=x_dtype)
@@ -417,8 +412,7 @@ def _backward(
     grad, d_final_kk, d_final_kv = grad.contiguous(), _contiguous(d_final_kk), _contiguous(d_final_kv)
     d_output = None if p.v is None else grad
     with _on_device(p.q):
-        kk = key_key_states(p, False) if p.solve or d_final_kk is not None else _NO_STATES
-        kv = key_value_states(p, False) if p.v is not None else _NO_STATES
+        kk, kv = chunk_states(p, p.solve or d_final_kk is not None, False)
         if p.solve and (solved.x is None or solved.x.numel() == 0):
             solved = solve_and_read_out(p, kk, kv, p.operand, read_out=False)
         adjoint = adjoint_solve(p, grad, solved, kk, kv)

@@ -93,6 +93,23 @@ def sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
 
 
 @triton.jit
+def token_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
+    """Of the C tokens from ``start``: which exist, their rows in [tokens, H] and in [tokens, Hkv] tensors."""
+    o_t = start + tl.arange(0, C)
+    return o_t < end, o_t.to(tl.int64) * H + i_h, o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+
+
+@triton.jit
+def formed_anew(start, num_iter):
+    """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
+
+    What is indexed from it is computed after the solve instead of living across it, where every register counts and a spilled
+    one travels to HBM and back, because the solves in flight push it out of L2.
+    """
+    return start + tl.minimum(num_iter, 0)
+
+
+@triton.jit
 def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
     mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]

@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     command = [sys.executable, "-m", "examples.stdlib_lm", "--preset", "tiny", "--device", "cpu", "--out", str(out)]
     return (
         subprocess.run(
-            [*command, "--steps", str(STEPS), "--seed", "3"],
+            [*command, "--steps", str(STEPS), "--seed", "3", "--backend", "aot_eager"],
             cwd=ROOT,
             env=os.environ | {"COLUMNS": "120"},
             text=True,

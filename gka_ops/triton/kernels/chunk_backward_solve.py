@@ -7,6 +7,7 @@ from gka_ops.triton.primitives import (
     chebyshev,
     chunk_bounds,
     decay_matrix,
+    formed_anew,
     key_weight,
     load_log_decay,
     load_query,
@@ -20,6 +21,7 @@ from gka_ops.triton.primitives import (
     operator_weights,
     scale_rows,
     store_rows,
+    token_rows,
 )
 
 
@@ -81,10 +83,8 @@ def chunk_backward_solve_kernel(
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
-    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t = o_t < end
-    o_row = o_t.to(tl.int64) * H + i_h
-    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    o_d = tl.arange(0, BLOCK_D)
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
     b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
     b_m = decay_matrix(b_c, C)
@@ -102,6 +102,8 @@ def chunk_backward_solve_kernel(
         delta = (1 - b_fro * weight_h)[:, None]
     b_dx, weight_y = scale_rows(load_rows(dx, o_row, m_t, o_d, D, BLOCK_D))
     b_y = chebyshev(b_dx, b_h, b_k.to(OPERAND), phi, b_psi, delta, num_iter, PRECISION)
+    start = formed_anew(start, num_iter)
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
     b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
     if THROUGH_READOUT:  # dx = α dMix
         weight_y *= b_alpha
@@ -128,6 +130,7 @@ def chunk_backward_solve_kernel(
     vanishing = b_fro <= FRO_MIN
     b_mu = tl.where(vanishing, 0.0, b_ridge * b_d_lambda / tl.where(vanishing, 1.0, b_fro))
     tl.store(mu + o_row, b_mu, mask=m_t)
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
     b_m = decay_matrix(b_c, C)
     tl.store(w_local + o_row, tl.sum(b_m * b_m * tl.where(m_t, b_mu, 0.0)[:, None], axis=0), mask=m_t)
     if d_ridge_scale is not None:

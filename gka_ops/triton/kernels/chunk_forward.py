@@ -8,6 +8,7 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_matrix,
     dot_split,
+    formed_anew,
     frobenius_norm,
     key_weight,
     load_log_decay,
@@ -22,6 +23,7 @@ from gka_ops.triton.primitives import (
     split_along_query,
     state_inner_product,
     store_rows,
+    token_rows,
 )
 
 
@@ -79,10 +81,8 @@ def chunk_forward_kernel(
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
-    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t = o_t < end
-    o_row = o_t.to(tl.int64) * H + i_h
-    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    o_d = tl.arange(0, BLOCK_D)
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
     b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
     gamma = tl.exp(b_c)
@@ -108,27 +108,38 @@ def chunk_forward_kernel(
             delta = (1 - b_fro * weight_h)[:, None]
         b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)
         b_x = b_z * (weight_q * inv_eta)[:, None]
+        start = formed_anew(start, num_iter)
+        m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
         if fro is not None:
             tl.store(fro + o_row, b_fro, mask=m_t)
-    if x is not None:
-        if x_scale is not None:
+        if x_scale is None:
+            if x is not None:
+                store_rows(x, b_x, o_row, m_t, o_d, D, BLOCK_D)
+            if v is not None:
+                b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+                b_q *= weight_q[:, None]
+                b_x = b_q + load_scalars(alpha, o_row, m_t, 1.0)[:, None] * (b_x - b_q)  # m = q + α (x − q)
+        else:  # x = c q + w, and m = (1 − α + α c) q + α w
             b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-            b_w, c = split_along_query(b_x, b_q * weight_q[:, None])
-            b_w, unit_w = scale_rows(b_w)
-            store_rows(x, b_w, o_row, m_t, o_d, D, BLOCK_D)
+            b_x, c = split_along_query(b_x, b_q * weight_q[:, None])
+            b_x, unit_w = scale_rows(b_x)
+            store_rows(x, b_x, o_row, m_t, o_d, D, BLOCK_D)
             tl.store(x_scale + o_row, unit_w, mask=m_t)
             tl.store(x_query + o_row, c, mask=m_t)
-        else:
-            store_rows(x, b_x, o_row, m_t, o_d, D, BLOCK_D)
+            if v is not None:
+                b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
+                b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+                b_x *= (b_alpha * unit_w)[:, None]
+                b_x += b_q * (weight_q * (1 - b_alpha + b_alpha * c))[:, None]
+    elif x is not None:
+        store_rows(x, b_x, o_row, m_t, o_d, D, BLOCK_D)
 
     if v is not None:
-        if SOLVE:  # m = q + α (x − q)
-            b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
-            b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-            b_q *= weight_q[:, None]
-            b_x = b_q + b_alpha[:, None] * (b_x - b_q)
         b_x, unit_m = scale_rows(b_x)
-        b_s = dot_split(b_x, tl.trans(b_k), PRECISION) * b_m * (kappa * b_beta)[None, :]
+        b_s = dot_split(b_x, tl.trans(b_k), PRECISION)
+        b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+        gamma = tl.exp(b_c)
+        b_s *= decay_matrix(b_c, C) * (kappa * b_beta)[None, :]
         for i_v in range(V_PAD // BLOCK_V):
             o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
             b_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)

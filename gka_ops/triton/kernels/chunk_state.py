@@ -16,37 +16,14 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
-def chunk_state_kernel(
-    k,  # [tokens, Hkv, D]
-    r,  # [tokens, Hkv, R] right-hand rows: k itself for H, v for U
-    log_decay,  # [tokens, H] or None
-    A_log,  # [H] or None
-    dt_bias,  # [H] or None
-    beta,  # [tokens, H] or None
-    initial,  # [N, H, D, R] fp32 or None
-    states,  # out [chunks, H, BLOCK_D, R_PAD] operand dtype
-    units,  # out [chunks, H] (RIGHT_IS_KEY) or [chunks, H, R_PAD / BLOCK_R] fp32
-    final,  # out [N, H, D, R] fp32 or None
-    cu_seqlens,  # [N + 1] or None
-    chunk_offsets,  # [N] first chunk of each sequence, or None
-    T,
-    H,
-    GROUP,  # query heads per key/value head
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    C: tl.constexpr,
-    RIGHT_IS_KEY: tl.constexpr,
-    QK_L2NORM: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    MIN_LOG_DECAY: tl.constexpr,
+@triton.jit
+def walk_sequence(
+    k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, cu_seqlens, chunk_offsets, T, H, GROUP, i_r, i_nh,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, C: tl.constexpr,
+    RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """One program walks one sequence and query head, holding one column block of the state: S' = γ_C S + Kᵀ diag(τ) R."""
-    i_r, i_nh = tl.program_id(0), tl.program_id(1)
+):  # fmt: skip
+    """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R."""
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -96,3 +73,53 @@ def chunk_state_kernel(
         bound = bound * gamma_end + bound_update
     if final is not None:
         tl.store(final + p_state, b_state, mask=m_state)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_state_kernel(
+    k,  # [tokens, Hkv, D]
+    v,  # [tokens, Hkv, V]; read if KV_BLOCKS
+    log_decay,  # [tokens, H] or None
+    A_log,  # [H] or None
+    dt_bias,  # [H] or None
+    beta,  # [tokens, H] or None
+    initial_kk,  # [N, H, D, D] fp32 or None
+    initial_kv,  # [N, H, D, V] fp32 or None
+    kk,  # out H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype; written if KK_BLOCKS
+    kk_units,  # out [chunks, H] fp32
+    kv,  # out U_c [chunks, H, BLOCK_D, V_PAD] operand dtype; written if KV_BLOCKS
+    kv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
+    final_kk,  # out [N, H, D, D] fp32 or None
+    final_kv,  # out [N, H, D, V] fp32 or None
+    cu_seqlens,  # [N + 1] or None
+    chunk_offsets,  # [N] first chunk of each sequence, or None
+    T,
+    H,
+    GROUP,  # query heads per key/value head
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    KK_BLOCKS: tl.constexpr,  # column blocks of H: BLOCK_D / BLOCK_N, or 0 to leave H out
+    KV_BLOCKS: tl.constexpr,  # column blocks of U: V_PAD / BLOCK_V, or 0 to leave U out
+    C: tl.constexpr,
+    QK_L2NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    MIN_LOG_DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program walks one sequence and query head with one column block of H or of U; all blocks run side by side."""
+    i_col, i_nh = tl.program_id(0), tl.program_id(1)
+    if i_col < KK_BLOCKS:
+        walk_sequence(
+            k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, cu_seqlens, chunk_offsets, T, H,
+            GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, PRECISION,
+        )  # fmt: skip
+    elif KV_BLOCKS > 0:
+        walk_sequence(
+            k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T, H,
+            GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_V, V_PAD, C, False, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
+            PRECISION,
+        )  # fmt: skip
