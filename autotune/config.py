@@ -1,7 +1,7 @@
 """Launch configurations as data: one frozen dataclass per kernel, and the one table of configurations that runs.
 
-A configuration is chosen in Python before the launch; the kernels are plain ``@triton.jit``. The chunk size is part of the
-operand class because all chunk kernels of one call must agree on it.
+A configuration is chosen in Python before the launch; the kernels are plain ``@triton.jit``. The chunk size is part
+of the operand class because all chunk kernels of one call must agree on it.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class RecurrentConfig:
 def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands.
 
-    NOTE [Hopper miscompile] The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gives wrong dk on an H100
-    (Triton 3.6): two or eight warps, or C = 32, are right. Small heads use two warps, which keeps them off the warpgroup
-    instructions. No configuration enters this table without the accuracy tests of ``tests/gpu`` passing on the card.
+    NOTE [Hopper miscompile] The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gives wrong dk on an
+    H100 (Triton 3.6): two or eight warps, or C = 32, are right. Small heads use two warps, which keeps them off the
+    warpgroup instructions. No configuration enters this table without the accuracy tests of ``tests/gpu`` passing on
+    the card.
     """
     large = padded_d > 128 or (is_fp32 and padded_d > 64)
     warps = 8 if padded_d > 128 else 4

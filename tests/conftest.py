@@ -1,4 +1,4 @@
-"""Where there is no card, the Triton kernels run under Triton's interpreter, which must be chosen before they are imported."""
+"""Without a card, the Triton kernels run under Triton's interpreter, chosen before they are imported."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The Triton implementation. Nothing outside this package imports Triton, and nothing here runs before a CUDA op does."""
+"""The Triton implementation. Only this package imports Triton; it is loaded when a CUDA operator first runs."""

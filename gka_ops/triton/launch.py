@@ -1,8 +1,8 @@
 """Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
 
-A forward is the state pass (H_c, then U_c) followed by the fused solve and read-out. A backward recomputes the chunk-start
-states, solves for the incoming gradient (stage A), scans the gradients of the states in reverse (stage B) and forms the
-gradients of keys, values and gates (stage C); docs/math.md §4.3.
+A forward is the state pass (H_c, then U_c) followed by the fused solve and read-out. A backward recomputes the
+chunk-start states, solves for the incoming gradient (stage A), scans the gradients of the states in reverse (stage
+B) and forms the gradients of keys, values and gates (stage C); docs/math.md §4.3.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ class _Problem:
         self.config = chunk_config(self.block_d, _padded(self.V), is_fp32)
         self.v_pad = triton.cdiv(self.V, self.config.block_v) * self.config.block_v
         chunk = self.config.chunk
+        self.cu_seqlens: Tensor | None = None
+        self.chunk_offsets: Tensor | None = None
+        self.chunk_sequence: Tensor | None = None
         if cu_seqlens is None:
             self.N, self.chunks = self.B, self.B * triton.cdiv(self.T, chunk)
-            self.cu_seqlens = self.chunk_offsets = self.chunk_sequence = None
         else:
             self.N = cu_seqlens.shape[0] - 1
             self.chunks = self.tokens // chunk + self.N  # an upper bound that needs no read of the device
@@ -108,7 +110,7 @@ class _Problem:
         }  # fmt: skip
 
     def _chunk_tables(self, cu_seqlens: Tensor, chunk: int) -> None:
-        """chunk -> sequence and sequence -> first chunk, on the device. Boundaries are made monotone from 0 to T first, so
+        """chunk -> sequence and sequence -> first chunk, on the device. Boundaries are made monotone from 0 to T, so
         that malformed ones cannot write out of bounds."""
         bounds = torch.cummax(cu_seqlens.long().clamp(0, self.tokens), dim=0).values
         bounds[0], bounds[-1] = 0, self.tokens
@@ -178,6 +180,9 @@ class _Solved(NamedTuple):
     x_query: Tensor | None
     fro: Tensor | None
 
+    def stored_x(self) -> dict[str, Tensor | None]:
+        return {"x": self.x, "x_scale": self.x_scale, "x_query": self.x_query}
+
 
 def solve_and_read_out(
     p: _Problem, kk: _States, kv: _States, x_dtype: torch.dtype | None, read_out: bool = True
@@ -190,9 +195,9 @@ def solve_and_read_out(
     fro = p.per_token(x_dtype is not None and p.solve)
     chunk_forward_kernel[p.chunk_grid](
         q=p.q, k=p.k, v=p.v if read_out else None, **p.gate, alpha=p.alpha, beta=p.beta, kk=kk.states,
-        kk_units=kk.units, kv=kv.states, kv_units=kv.units, output=output, x=x, x_scale=x_scale, x_query=x_query, fro=fro, scale=p.scale,
-        GROUP=p.group, SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge,
-        **p.geometry, **p.values, **p.numerics, **p.config.forward.launch_options(),
+        kk_units=kk.units, kv=kv.states, kv_units=kv.units, output=output, x=x, x_scale=x_scale, x_query=x_query,
+        fro=fro, scale=p.scale, GROUP=p.group, SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+        **p.tables, **p.ridge, **p.geometry, **p.values, **p.numerics, **p.config.forward.launch_options(),
     )  # fmt: skip
     return _Solved(output, x, x_scale, x_query, fro)
 
@@ -214,8 +219,8 @@ class _Adjoint(NamedTuple):
 def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _States) -> _Adjoint:
     """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2).
 
-    y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in fp32 for
-    a solve alone, whose dx may be anything.
+    y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
+    fp32 for a solve alone, whose dx may be anything.
     """
     wide = {"dtype": torch.float32 if p.v is None else p.operand}
     result = _Adjoint(
@@ -229,8 +234,8 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
         w_local=p.per_token(p.solve),
         pi=p.new(p.B, p.T, p.H),
     )
-    x = {"x": solved.x if p.solve else None, "x_scale": solved.x_scale, "x_query": solved.x_query}
-    dx = grad
+    x = solved.stored_x()
+    dx: Tensor | None = grad
     if p.v is not None:
         dx = p.new(p.B, p.T, p.H, p.D) if p.solve else None
         chunk_backward_readout_kernel[p.chunk_grid](
@@ -244,8 +249,8 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
         result.dq.copy_(query_gradient(p, grad))
     if p.solve:
         chunk_backward_solve_kernel[p.chunk_grid](
-            dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x, fro=solved.fro,
-            kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
+            dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x,
+            fro=solved.fro, kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
             d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, mu=result.mu,
             w_local=result.w_local, pi=result.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
             **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
@@ -284,7 +289,7 @@ def state_gradients(
         w_next = p.new(p.chunks, p.H)
         d_initial = None if p.initial_kk is None else torch.empty_like(p.initial_kk)
         chunk_backward_state_kk_kernel[(p.block_d // p.config.block_n, p.N * p.H)](
-            q=p.q, k=p.k, x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, y=adjoint.y, y_scale=adjoint.y_scale,
+            q=p.q, k=p.k, **solved.stored_x(), y=adjoint.y, y_scale=adjoint.y_scale,
             mu=adjoint.mu, w_local=adjoint.w_local, **p.gate, beta=p.beta, initial=p.initial_kk, d_final=d_final_kk,
             states=states, units=units, w_next=w_next, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
             GROUP=p.group, BLOCK_N=p.config.block_n, **p.geometry, **p.numerics, **options,
@@ -295,7 +300,7 @@ def state_gradients(
         units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
         d_initial = None if p.initial_kv is None else torch.empty_like(p.initial_kv)
         chunk_backward_state_kv_kernel[(p.v_pad // p.config.block_v, p.N * p.H)](
-            q=p.q, x=solved.x if p.solve else None, x_scale=solved.x_scale, x_query=solved.x_query, d_output=d_output, **p.gate, alpha=p.alpha,
+            q=p.q, **solved.stored_x(), d_output=d_output, **p.gate, alpha=p.alpha,
             d_final=d_final_kv, states=states, units=units, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
             scale=p.scale, V=p.V, BLOCK_V=p.config.block_v, V_PAD=p.v_pad, **p.geometry, **p.numerics, **options,
         )  # fmt: skip
@@ -318,13 +323,12 @@ def token_gradients(
     p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
     incoming: _StateGradients,
 ) -> _TokenGradients:  # fmt: skip
-    """Stage C: through U (C1), then through H (C2). The last of the two that runs finishes dk, dβ and the gate's gradient."""
+    """Stage C: through U (C1), then through H (C2). Whichever runs last finishes dk, dβ and the gate's gradient."""
     dtype = p.q.dtype if p.group == 1 else torch.float32
     through_h, through_u = incoming.kk.states is not None, p.v is not None
     partial = p.A_log is not None
     dk = p.new(p.B, p.T, p.H, p.D, dtype=dtype)
-    finished = {
-        "dk": dk,
+    finished: dict[str, Tensor | None] = {
         "d_beta": None if p.beta is None else torch.empty_like(p.beta),
         "d_log_decay": None if p.log_decay is None else torch.empty_like(p.log_decay),
         "d_A_log": p.new(p.chunks, p.H).zero_() if partial else None,
@@ -334,14 +338,14 @@ def token_gradients(
         for tensor in finished.values():
             if tensor is not None:
                 tensor.zero_()
-        return _TokenGradients(dv=None, **finished)
+        return _TokenGradients(dk.zero_(), None, **finished)
     shared = {
-        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, "x": solved.x if p.solve else None, "x_scale": solved.x_scale,
-        "x_query": solved.x_query, "pi": adjoint.pi, **finished, "GROUP": p.group, "SOLVE": p.solve,
+        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": adjoint.pi, "dk": dk,
+        **finished, "GROUP": p.group, "SOLVE": p.solve,
         "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     dv = None
-    part = {"dk_u": None, "v_dv_u": None, "j_u": None}
+    part: dict[str, Tensor | None] = {"dk_u": None, "v_dv_u": None, "j_u": None}
     if through_u:
         dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
         if through_h:
@@ -354,10 +358,10 @@ def token_gradients(
     if through_h:
         chunk_backward_key_kernel[p.chunk_grid](
             fro=solved.fro, y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states,
-            kk_units=kk.units, dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next, BLOCK_N=p.config.block_n,
-            **part, **shared, **p.config.backward_key.launch_options(),
+            kk_units=kk.units, dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next,
+            BLOCK_N=p.config.block_n, **part, **shared, **p.config.backward_key.launch_options(),
         )  # fmt: skip
-    return _TokenGradients(dv=dv, **finished)
+    return _TokenGradients(dk, dv, **finished)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
@@ -408,12 +412,14 @@ def chunk_gka(
 def _backward(
     p: _Problem, grad: Tensor, d_final_kk: Tensor | None, d_final_kv: Tensor | None, solved: _Solved,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients in the order q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv."""
+    """Gradients of q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv."""
     grad, d_final_kk, d_final_kv = grad.contiguous(), _contiguous(d_final_kk), _contiguous(d_final_kv)
     d_output = None if p.v is None else grad
     with _on_device(p.q):
         kk, kv = chunk_states(p, p.solve or d_final_kk is not None, False)
-        if p.solve and (solved.x is None or solved.x.numel() == 0):
+        if not p.solve:
+            solved = _Solved(None, None, None, None, None)
+        elif solved.x is None or solved.x.numel() == 0:
             solved = solve_and_read_out(p, kk, kv, p.operand, read_out=False)
         adjoint = adjoint_solve(p, grad, solved, kk, kv)
         incoming = state_gradients(p, d_output, solved, adjoint, d_final_kk, d_final_kv)
@@ -457,7 +463,9 @@ def _backward(
     )
 
 
-def _backward_of_nothing(inputs: tuple[Tensor | None, ...], d_final_kk, d_final_kv, like: Tensor) -> tuple[Tensor, ...]:
+def _backward_of_nothing(
+    inputs: tuple[Tensor | None, ...], d_final_kk: Tensor | None, d_final_kv: Tensor | None, like: Tensor
+) -> tuple[Tensor, ...]:
     """No tokens: the states pass through, so do their gradients; everything else is zero."""
     *rest, initial_kk, initial_kv = inputs
     gradients = [like.new_empty(0, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in rest]

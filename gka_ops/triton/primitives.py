@@ -1,14 +1,15 @@
 """What the kernels share: chunk geometry, operand scaling, gates, norms and the Chebyshev iteration.
 
 NOTE [Operands and units]
-  Tensor-core operands are fp16 (fp32 for fp32 inputs), so their range must be kept by hand. Every operand is divided by a
-  power of two, which is exact, and the factor travels beside it in fp32 as its "unit": rows of q, k, v and right-hand sides
-  by their own largest entry, state tiles by the tile's. ℓ2 normalisation and β never touch the operands: the effective key
-  is κ_s·k̂_s with k̂_s the scaled row and κ_s = β_s·unit_s, or β_s/max(‖k̂_s‖, ε/unit_s) when normalised. So k̂ is exactly the
-  key that came in (bf16 mantissas fit fp16), and the state pass and the solve use the very same vector.
+  Tensor-core operands are fp16 (fp32 for fp32 inputs), so their range must be kept by hand. Every operand is divided
+  by a power of two, which is exact, and the factor travels beside it in fp32 as its "unit": rows of q, k, v and
+  right-hand sides by their own largest entry, state tiles by the tile's. ℓ2 normalisation and β never touch the
+  operands: the effective key is κ_s·k̂_s with k̂_s the scaled row and κ_s = β_s·unit_s, or β_s/max(‖k̂_s‖, ε/unit_s)
+  when normalised. So k̂ is exactly the key that came in (bf16 mantissas fit fp16), and the state pass and the solve
+  use the very same vector.
 
-Notation: i_ program and loop indices, o_ offset vectors, m_ masks, p_ pointers, b_ tiles; CAPITALS are constexpr. Shapes in
-comments use C tokens of a chunk, D and V head dimensions (padded to powers of two, BLOCK_D and BLOCK_V).
+Notation: i_ program and loop indices, o_ offset vectors, m_ masks, p_ pointers, b_ tiles; CAPITALS are constexpr.
+Shapes in comments use C tokens of a chunk, D and V head dimensions (padded to powers of two, BLOCK_D and BLOCK_V).
 """
 
 import triton
@@ -62,7 +63,7 @@ def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
 # --------------------------------------------------------------------------------------------------------- geometry
 @triton.jit
 def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
-    """Chunk -> (sequence, first token, end of the sequence, chunk ends its sequence). Tokens count through the batch."""
+    """Chunk -> (sequence or -1, first token, end of the sequence). Tokens count through the batch."""
     if cu_seqlens is None:
         n_chunks = tl.cdiv(T, C)
         i_n = i_c // n_chunks
@@ -103,8 +104,8 @@ def token_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
 def formed_anew(start, num_iter):
     """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
 
-    What is indexed from it is computed after the solve instead of living across it, where every register counts and a spilled
-    one travels to HBM and back, because the solves in flight push it out of L2.
+    What is indexed from it is computed after the solve instead of living across it, where every register counts and
+    a spilled one travels to HBM and back, because the solves in flight push it out of L2.
     """
     return start + tl.minimum(num_iter, 0)
 
@@ -205,10 +206,11 @@ def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------- the system
 @triton.jit
 def state_unit(bound):
-    """(unit, 1/unit) of a stored state whose entries are at most ``bound``: scaled, they stay below 8. (0, 0) of a zero state.
+    """(unit, 1/unit) of a stored state of entries up to ``bound``: scaled, they stay below 8. (0, 0) if it is zero.
 
-    The bound is carried along with the state, from the units of what enters it, so that every column block of a state has
-    the same unit without talking to the others. It may be too large by some powers of two: fp16 has room for that below.
+    The bound is carried along with the state, from the units of what enters it, so that every column block of a
+    state has the same unit without talking to the others. It may be too large by some powers of two: fp16 has room
+    for that below.
     """
     unit = pow2_floor(bound) * 0.25
     return tl.where(bound == 0, 0.0, unit), tl.where(bound == 0, 0.0, 1 / unit)
@@ -248,7 +250,8 @@ def state_inner_product(p_a, p_b, i_state, BLOCK_D: tl.constexpr):
 def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
     """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
 
-    ``h_square`` is ‖H_c‖_F² in units of ``h_unit``². F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
+    ``h_square`` is ‖H_c‖_F² in units of ``h_unit``². F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c
+    k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
     """
     o_c = tl.arange(0, C)
     f_c = tl.sqrt(h_square) * h_unit
@@ -282,17 +285,17 @@ def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr):
 
 @triton.jit
 def operator_weights(weight_h, unit_h, kappa, gamma, b_m):
-    """φ [C] and Ψ [C, C] of the normalised operator (MATH.md §3.2): φ‖Ĥ‖ and Ψ are at most 1, F_t bounds what they divide."""
+    """φ [C] and Ψ [C, C] of the normalised operator (MATH.md §3.2); φ‖Ĥ‖ and Ψ are at most 1."""
     return gamma * unit_h * weight_h, b_m * weight_h[:, None] * (kappa * kappa)[None, :]
 
 
 @triton.jit
 def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexpr):
-    """z ≈ B^{-1} b for the rows b [C, BLOCK_D] fp32 by n = num_iter applications of B, increment form (MATH.md §3.1, 3.3).
+    """z ≈ B^{-1} b for rows b [C, BLOCK_D] fp32 by num_iter applications of B, increment form (MATH.md §3.1, 3.3).
 
     B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1]; without the middle term where ``b_k`` is None.
-    ``delta`` is a scalar or [C, 1]. The increment is rounded to the operand type before anything uses it, so r stays the
-    true residual of z.
+    ``delta`` is a scalar or [C, 1]. The increment is rounded to the operand type before anything uses it, so r stays
+    the true residual of z.
     """
     theta = 0.5 * (1 + delta)
     h2 = 0.25 * (1 - delta) * (1 - delta)
@@ -332,8 +335,8 @@ def normalise_rows_backward(b_d, b_hat, unit, QK_L2NORM: tl.constexpr, NORM_EPS:
 def split_along_query(b_x, b_q):
     """x = c·q + w [C, BLOCK_D] with w orthogonal to q: returns (w, c [C]).
 
-    With a short memory x is large and nearly parallel to q outside the span of the keys; w is small there, so rounding w to
-    fp16 leaves the part that keys and values see intact, which rounding x would not.
+    With a short memory x is large and nearly parallel to q outside the span of the keys; w is small there, so
+    rounding w to fp16 leaves the part that keys and values see intact, which rounding x would not.
     """
     square = tl.sum(b_q * b_q, axis=1)
     c = tl.sum(b_x * b_q, axis=1) / tl.where(square == 0, 1.0, square)
@@ -351,7 +354,7 @@ def load_query(
 
 @triton.jit
 def load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x [C, BLOCK_D] in fp32: stored as it is, or as x = x_query·q + x_scale·x̂ of the effective query columns ``b_q``."""
+    """x [C, BLOCK_D] in fp32: stored as it is, or as x_query·q + x_scale·x̂ with effective query columns ``b_q``."""
     b_x = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
     if x_scale is not None:
         b_x *= load_scalars(x_scale, o_row, m_t, 1.0)[:, None]

@@ -23,6 +23,7 @@ from tests.helpers.problems import (
 
 pytestmark = pytest.mark.gpu
 
+
 def problem_on_card(**options: Any) -> Problem:
     options = {"dtype": torch.bfloat16, "qk_l2norm": True, **options}
     return make_problem(device="cuda", **options)
@@ -87,13 +88,17 @@ def test_without_solve(state: bool, dtype: torch.dtype) -> None:
     check(problem_on_card(T=200, H=4, Hkv=2, D=128, V=64, state=state, dtype=dtype), num_iter=0)
 
 
-@pytest.mark.parametrize("D, V", [(16, 48), (16, 128), (32, 32), (32, 48), (32, 128), (80, 48), (192, 48), (256, 48)])
+@pytest.mark.parametrize(
+    ("D", "V"), [(16, 48), (16, 128), (32, 32), (32, 48), (32, 128), (80, 48), (192, 48), (256, 48)]
+)
 def test_other_head_dimensions(D: int, V: int) -> None:
     check(problem_on_card(T=100, H=2, D=D, V=V))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"seq_lengths": (5, 0, 64, 131)}, {"ridge": "token", "ridge_offset": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"seq_lengths": (5, 0, 64, 131)}, {"ridge": "token", "ridge_offset": 0.01}], ids=str
+)
 def test_chunk_solve(options: dict[str, Any], dtype: torch.dtype) -> None:
     problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 128, "state": True, "dtype": dtype, **options})
     contract.check(contract.measure(run_solve, problem, 30, "triton"), contract.bars_for(dtype), dtype)

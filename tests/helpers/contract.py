@@ -31,9 +31,10 @@ from tests.helpers.problems import (
 
 ORACLE_ITERATIONS = 160  # 1/T_161(1.04) = 4e-20: the fp64 reference is then the exact solve to rounding
 
+
 @dataclass(frozen=True)
 class Bars:
-    """Largest relative errors at 30 iterations: of x and o at a quantile of tokens, of a gradient over the whole tensor."""
+    """Largest relative errors at 30 iterations: of x and o at a quantile of tokens, of a gradient as a whole."""
 
     x: float
     o: float
@@ -48,10 +49,13 @@ SHORT_MEMORY = Bars(x=2e-3, o=5e-2, gradient=2e-2)
 """The same for a memory of a few tokens (mean decay 0.5 a token and more), where x is large outside the keys' span."""
 
 ONE_DIRECTION = Bars(x=2e-3, o=2e-2, gradient=1e-2, quantile="p90")
-"""The same for one key repeated: o is then proportional to k·q, which vanishes for some tokens while the rounding of the
-operator's operands, of order u_16·|q|/ρ, does not. The relative error of those few tokens has no bound; 90 % have."""
+"""The same for one key repeated: o is then proportional to k·q, which vanishes for some tokens while the rounding
+of the operator's operands, of order u_16·|q|/ρ, does not. The relative error of those few tokens has no
+bound."""
 
-FP32 = Bars(x=1.1 * guaranteed_factor(0.02, 30), o=5 * guaranteed_factor(0.02, 30), gradient=5 * guaranteed_factor(0.02, 30))
+FP32 = Bars(
+    x=1.1 * guaranteed_factor(0.02, 30), o=5 * guaranteed_factor(0.02, 30), gradient=5 * guaranteed_factor(0.02, 30)
+)
 """fp32 inputs: truncation alone, which reaches gradients up to five times the guaranteed factor (docs/math.md §4.6)."""
 
 
@@ -137,7 +141,7 @@ def measure(run: Callable[..., Outputs], problem: Problem, num_iter: int | str, 
 
 
 def state_bar(dtype: torch.dtype) -> float:
-    """Final states: fp32 sums of products of operands rounded once (keys and values are exact; the weighted factor is not)."""
+    """Final states: fp32 sums of products of a key, exact, and a weighted key or value, rounded once."""
     return 1e-5 if dtype == torch.float32 else 2 * unit_roundoff(torch.float16)
 
 
@@ -162,9 +166,13 @@ def main() -> None:
             table = []
             for row in ROWS:
                 problem = row.problem(dtype, device)
-                gka, solve = measure(run_gka, problem, num_iter, "triton"), measure(run_solve, problem, num_iter, "triton")
+                gka, solve = (
+                    measure(run_gka, problem, num_iter, "triton"),
+                    measure(run_solve, problem, num_iter, "triton"),
+                )
                 quantiles = [
-                    f"{e.p50:.1e} / {e.p90:.1e} / {e.p99:.1e} / {e.max:.1e}" for e in (solve.outputs["x"], gka.outputs["output"])
+                    f"{e.p50:.1e} / {e.p90:.1e} / {e.p99:.1e} / {e.max:.1e}"
+                    for e in (solve.outputs["x"], gka.outputs["output"])
                 ]
                 named = ("q", "k", "v", "log_decay", "alpha", "beta")
                 gradients = [f"{gka.gradients[n]:.1e}" if n in gka.gradients else "" for n in named]

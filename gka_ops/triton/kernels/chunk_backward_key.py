@@ -21,6 +21,7 @@ from gka_ops.triton.primitives import (
     scale_rows,
     store_gate_gradients,
     store_rows,
+    token_rows,
 )
 
 
@@ -80,10 +81,7 @@ def chunk_backward_key_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
-    o_t = start + o_c
-    m_t = o_t < end
-    o_row = o_t.to(tl.int64) * H + i_h
-    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)

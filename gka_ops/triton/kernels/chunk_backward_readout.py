@@ -16,6 +16,7 @@ from gka_ops.triton.primitives import (
     normalise_rows_backward,
     scale_rows,
     store_rows,
+    token_rows,
 )
 
 
@@ -65,10 +66,8 @@ def chunk_backward_readout_kernel(
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
-    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t = o_t < end
-    o_row = o_t.to(tl.int64) * H + i_h
-    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    o_d = tl.arange(0, BLOCK_D)
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
     b_dm = tl.zeros((C, BLOCK_D), tl.float32)
     b_s = tl.zeros((C, C), tl.float32)

@@ -76,7 +76,8 @@ def chunk_backward_solve_kernel(
 ):
     """One program does one chunk of one query head: y from dx = α dMix; dq = (1 − α) dMix + y; dλ = −y·x.
 
-    π = (1 − α) q·dMix − x·(incoming dx) + b (y·x), which takes A y = dx for granted rather than A x = q: x was stored rounded.
+    π = (1 − α) q·dMix − x·(incoming dx) + b (y·x), which takes A y = dx for granted rather than A x = q: x was
+    stored rounded.
     """
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)

@@ -15,6 +15,7 @@ from gka_ops.triton.primitives import (
     scale_tile,
     sequence_bounds,
     state_unit,
+    token_rows,
 )
 
 
@@ -82,9 +83,7 @@ def chunk_backward_state_kk_kernel(
         tl.store(units + i_state, unit, mask=i_col == 0)
         tl.store(w_next + i_state, b_w_next, mask=i_col == 0)
 
-        o_t = start + i_c * C + tl.arange(0, C)
-        m_t = o_t < end
-        o_row = o_t.to(tl.int64) * H + i_h
+        m_t, o_row, o_kv = token_rows(start + i_c * C, end, i_h, H, GROUP, C)
         b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
         c_end = tl.sum(b_g, axis=0)
         b_r *= tl.exp(c_end)
@@ -92,7 +91,6 @@ def chunk_backward_state_kk_kernel(
         if x is not None:
             b_c = tl.cumsum(b_g, axis=0)
             gamma, tau = tl.exp(b_c), tl.exp(c_end - b_c)
-            o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
             b_w = load_scalars(w_local, o_row, m_t, 0.0) + tau * tau * b_w_next
             b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
             kappa = key_weight(b_k, unit_k, load_scalars(beta, o_row, m_t, 1.0), QK_L2NORM, NORM_EPS)
@@ -100,7 +98,9 @@ def chunk_backward_state_kk_kernel(
             b_right, unit = scale_tile(b_col * (gamma * b_w * kappa * kappa / unit_k)[:, None])
             bound += 4 * tl.sum(gamma * tl.abs(b_w) * kappa * kappa, axis=0)  # scaled entries are below 2
             b_r += unit * tl.dot(
-                tl.trans(b_k.to(states.dtype.element_ty)), b_right.to(states.dtype.element_ty), input_precision=PRECISION
+                tl.trans(b_k.to(states.dtype.element_ty)),
+                b_right.to(states.dtype.element_ty),
+                input_precision=PRECISION,
             )
             b_q, b_q_col = b_k, b_col  # unused where x is stored as it is
             if x_scale is not None:
@@ -113,13 +113,17 @@ def chunk_backward_state_kk_kernel(
             b_right, unit = scale_tile(b_col * (weight * unit_x)[:, None])
             bound += 8 * tl.sum(tl.abs(weight) * unit_x, axis=0)
             b_r += unit * tl.dot(
-                tl.trans(b_x.to(states.dtype.element_ty)), b_right.to(states.dtype.element_ty), input_precision=PRECISION
+                tl.trans(b_x.to(states.dtype.element_ty)),
+                b_right.to(states.dtype.element_ty),
+                input_precision=PRECISION,
             )
             b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D)
             b_col = load_solution(x, x_scale, x_query, b_q_col, o_row, m_t, o_col, D, BLOCK_D)
             b_right, unit = scale_tile(b_col * weight[:, None])
             b_r += unit * tl.dot(
-                tl.trans(b_y.to(states.dtype.element_ty)), b_right.to(states.dtype.element_ty), input_precision=PRECISION
+                tl.trans(b_y.to(states.dtype.element_ty)),
+                b_right.to(states.dtype.element_ty),
+                input_precision=PRECISION,
             )
             b_mu = load_scalars(mu, o_row, m_t, 0.0)
             b_w_next = tl.sum(gamma * gamma * b_mu, axis=0) + tl.exp(2 * c_end) * b_w_next
@@ -181,9 +185,7 @@ def chunk_backward_state_kv_kernel(
         tl.store(states + i_state * BLOCK_D * V_PAD + p_stored, (b_xi * inverse).to(states.dtype.element_ty))
         tl.store(units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
 
-        o_t = start + i_c * C + tl.arange(0, C)
-        m_t = o_t < end
-        o_row = o_t.to(tl.int64) * H + i_h
+        m_t, o_row, _ = token_rows(start + i_c * C, end, i_h, H, 1, C)
         b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
         gamma = tl.exp(tl.cumsum(b_g, axis=0))
         b_mix, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)

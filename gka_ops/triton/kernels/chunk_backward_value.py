@@ -5,19 +5,20 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     chunk_bounds,
+    key_gradient,
     key_weight,
     load_log_decay,
+    load_query,
     load_rows,
     load_scalars,
-    load_state,
-    key_gradient,
-    load_query,
     load_solution,
+    load_state,
     query_scores,
     row_norm,
     scale_rows,
     store_gate_gradients,
     store_rows,
+    token_rows,
 )
 
 
@@ -40,7 +41,7 @@ def chunk_backward_value_kernel(
     dkv,  # Ξ⁺ [chunks, H, BLOCK_D, V_PAD]
     dkv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dv,  # out [tokens, H, V], per query head
-    dk_u,  # out [tokens, H, D] fp32: the part of the effective key's gradient through U, or None: nothing through H follows
+    dk_u,  # out [tokens, H, D] fp32: the effective key's gradient through U, or None: none through H follows
     v_dv_u,  # out [tokens, H] fp32, with dk_u
     j_u,  # out [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
     pi,  # [tokens, H] fp32
@@ -79,15 +80,12 @@ def chunk_backward_value_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
-    o_t = start + o_c
-    m_t = o_t < end
-    o_row = o_t.to(tl.int64) * H + i_h
-    o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)
     c_end = tl.sum(b_g, axis=0)
-    gamma, tau, gamma_end = tl.exp(b_c), tl.exp(c_end - b_c), tl.exp(c_end)
+    tau, gamma_end = tl.exp(c_end - b_c), tl.exp(c_end)
     anticausal = o_c[:, None] <= o_c[None, :]
     b_mt = tl.exp(tl.where(anticausal, b_c[None, :] - b_c[:, None], float("-inf")))  # Mᵀ: [t, s] for s >= t
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
@@ -145,8 +143,8 @@ def chunk_backward_value_kernel(
         b_k = b_k.to(tl.float32)
         key_norm = row_norm(b_k, unit_k, NORM_EPS)
         store_gate_gradients(
-            k_dk, v_dv, j_next, kappa, b_beta, key_norm, unit_k, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay,
-            A_log, dt_bias, pi, o_row, m_t, i_h, i_state, QK_L2NORM, MIN_LOG_DECAY,
+            k_dk, v_dv, j_next, kappa, b_beta, key_norm, unit_k, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias,
+            log_decay, A_log, dt_bias, pi, o_row, m_t, i_h, i_state, QK_L2NORM, MIN_LOG_DECAY,
         )  # fmt: skip
         b_dk = key_gradient(b_dk, b_k, k_dk, v_dv, kappa, b_beta, key_norm, unit_k, QK_L2NORM, NORM_EPS)
         store_rows(dk, b_dk, o_row, m_t, o_d, D, BLOCK_D)

@@ -13,15 +13,16 @@ from gka_ops.triton.primitives import (
     scale_tile,
     sequence_bounds,
     state_unit,
+    token_rows,
 )
 
 
 @triton.jit
 def walk_sequence(
-    k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, cu_seqlens, chunk_offsets, T, H, GROUP, i_r, i_nh,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, C: tl.constexpr,
-    RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, cu_seqlens, chunk_offsets, T, H, GROUP, i_r,
+    i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr,
+    C: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr,
+    MIN_LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R."""
     i_n, i_h = i_nh // H, i_nh % H
@@ -45,10 +46,7 @@ def walk_sequence(
         else:
             tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit)
 
-        o_t = start + i_c * C + tl.arange(0, C)
-        m_t = o_t < end
-        o_row = o_t.to(tl.int64) * H + i_h
-        o_kv = o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
+        m_t, o_row, o_kv = token_rows(start + i_c * C, end, i_h, H, GROUP, C)
         b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
         c_end = tl.sum(b_g, axis=0)
         b_tau = tl.exp(c_end - tl.cumsum(b_g, axis=0))

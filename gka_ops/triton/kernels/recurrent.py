@@ -27,7 +27,7 @@ def load_vector(p, i_row, o, SIZE: tl.constexpr, NORMALISE: tl.constexpr, NORM_E
 
 @triton.jit
 def solve_on_tensor_cores(b_q, b_b, delta, num_iter, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """z [BLOCK_D] of B z = q by Chebyshev; q is the first row of a tile of the least height that a tensor core takes."""
+    """z [BLOCK_D] of B z = q by Chebyshev; q is the first row of a tile as high as tensor cores need."""
     first = (tl.arange(0, ROWS) == 0)[:, None]
     ones = tl.full((ROWS,), 1.0, tl.float32)
     b_rows = tl.where(first, b_q[None, :], 0.0)
