@@ -131,11 +131,15 @@ def measure(run: Callable[..., Outputs], problem: Problem, num_iter: int | str, 
             states[name] = norm_error(value, expected.outputs[name])
         else:
             outputs[name] = summarise(token_errors(value, expected.outputs[name]))
-    gradients = {name: norm_error(g, expected.gradients[name]) for name, g in actual.gradients.items()}
+    gradients = {
+        name: norm_error(gradient, expected.gradients[name])
+        for name, gradient in actual.gradients.items()
+        if float(expected.gradients[name].abs().max()) < torch.finfo(gradient.dtype).max  # else it has no such value
+    }
     by_token = {
         name: summarise(token_errors(actual.gradients[name], expected.gradients[name]))
         for name in ("q", "k", "v")
-        if name in actual.gradients
+        if name in gradients
     }
     return Errors(outputs, states, gradients, by_token)
 

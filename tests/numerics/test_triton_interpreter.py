@@ -47,6 +47,21 @@ def test_chunk_gka_without_solve(state: bool) -> None:
     contract.check(contract.measure(run_gka, problem, 0, "triton"), contract.SIXTEEN_BIT, torch.float16)
 
 
+def test_values_alone() -> None:
+    """Neither a solve nor a final state: no key-key state is formed at all, forward or backward."""
+    problem = make_problem(**SMALL, dtype=torch.float16).requiring_grad()
+    arguments = (problem.q, problem.k, problem.v, problem.log_decay, problem.alpha, problem.beta)
+    output = gka_ops.chunk_gka(*arguments, num_iter=0, qk_l2norm=True, impl="triton").output
+    exact = problem.double().requiring_grad()
+    expected = run_gka(exact, num_iter=0, impl="reference")["output"]
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    actual = torch.autograd.grad(output, [problem.q, problem.k, problem.v], upstream.to(output.dtype))
+    wanted = torch.autograd.grad(expected, [exact.q, exact.k, exact.v], upstream.to(output.dtype).double())
+    assert norm_error(output, expected) <= contract.SIXTEEN_BIT.gradient
+    for gradient, reference in zip(actual, wanted, strict=True):
+        assert norm_error(gradient, reference) <= contract.SIXTEEN_BIT.gradient
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [{"state": True}, {"seq_lengths": (5, 0, 65)}, {"ridge": "token"}], ids=str)
 def test_chunk_solve(options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -110,14 +110,17 @@ def chunk_state_kernel(
 ):
     """One program walks one sequence and query head with one column block of H or of U; all blocks run side by side."""
     i_col, i_nh = tl.program_id(0), tl.program_id(1)
-    if i_col < KK_BLOCKS:
-        walk_sequence(
-            k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, cu_seqlens, chunk_offsets, T, H,
-            GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, PRECISION,
-        )  # fmt: skip
-    elif KV_BLOCKS > 0:
-        walk_sequence(
-            k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T, H,
-            GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_V, V_PAD, C, False, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
-            PRECISION,
-        )  # fmt: skip
+    if KK_BLOCKS > 0:
+        if i_col < KK_BLOCKS:
+            walk_sequence(
+                k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, cu_seqlens, chunk_offsets, T,
+                H, GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
+                PRECISION,
+            )  # fmt: skip
+    if KV_BLOCKS > 0:
+        if i_col >= KK_BLOCKS:
+            walk_sequence(
+                k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T,
+                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_V, V_PAD, C, False, QK_L2NORM, NORM_EPS,
+                MIN_LOG_DECAY, PRECISION,
+            )  # fmt: skip
