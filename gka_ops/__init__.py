@@ -4,11 +4,16 @@ Importing this package registers the ``torch.ops.gka`` operators. It needs torch
 operator first runs on a CUDA tensor.
 """
 
+from typing import TYPE_CHECKING
+
 from gka_ops._version import __version__
 from gka_ops.api import chunk_gka, chunk_solve, recurrent_gka
 from gka_ops.numerics import iterations_for
 from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Ridge
 from gka_ops.validation import debug_mode
+
+if TYPE_CHECKING:
+    from gka_ops.nn import GatedKalmaNet
 
 __all__ = [
     "ChunkSolveOutput",

@@ -79,7 +79,7 @@ def chunk_gka(
     A NaN or infinity in a token reaches the outputs of its own chunk and of all later tokens of its sequence and head,
     never another sequence or head. Rows with ‖H_t‖_F + λ_t ≤ 2^-40 (only zero keys so far) give x_t = 0, with zero
     gradient. Gradients flow to every floating-point tensor argument; for ``initial_state.kk`` it is the symmetric
-    gradient. Second derivatives are those of the exact solve, computed in fp64 token by token, for small problems and in
+    gradient. Second derivatives are those of the exact solve, in fp64 and token by token: for small problems, and in
     eager mode only. Forward-mode differentiation raises ``NotImplementedError``.
     """
     op = "chunk_gka"

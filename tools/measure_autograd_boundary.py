@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tabulate import tabulate
+from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
@@ -96,13 +96,15 @@ def own_kernel() -> tuple[Any, Callable[..., Any]]:
         def backward(ctx: Any, *gradients: Any) -> Any:
             return None, *backward(ctx, *gradients)
 
+    apply = Node.apply  # type: ignore[attr-defined]
+
     def kernel(keyset: Any, *args: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below(keyset, *args)
         if not torch._C._are_functorch_transforms_active():
-            return Node.apply(keyset, *args)
+            return apply(keyset, *args)
         with enable_single_level_autograd_function():
-            return Node.apply(keyset, *args)
+            return apply(keyset, *args)
 
     library.impl("own_kernel", kernel, "Autograd", with_keyset=True)
     return op, op

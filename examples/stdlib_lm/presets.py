@@ -75,6 +75,8 @@ PRESETS: dict[str, Preset] = {
             prompt_bytes=48,
             generated_bytes=24,
         ),
+        # Sized for two cores and three minutes, not for a verdict on the solve: with 300 steps it saved +0.03, -0.02
+        # and -0.02 bits a byte with seeds 0, 1 and 2. Heads are small so that memory is scarce.
         Preset(
             name="cpu",
             hidden_size=128,
@@ -85,7 +87,7 @@ PRESETS: dict[str, Preset] = {
             mlp_size=256,
             sequence_length=256,
             batch_size=4,
-            steps=300,
+            steps=240,
             learning_rate=5e-3,
             warmup=20,
             eval_windows=256,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def problems(options: str, dtype: torch.dtype = torch.float32) -> list[Problem]:
     return [make_problem(**given, B=B, T=T, dtype=dtype) for B, T in SIZES]
 
 
-def gka(p: Problem, num_iter: int | str = "auto") -> Outputs:
+def gka(p: Problem, num_iter: int | Literal["auto"] = "auto") -> Outputs:
     state = None if p.initial_kk is None or p.initial_kv is None else GKAState(p.initial_kk, p.initial_kv)
     result = gka_ops.chunk_gka(
         p.q, p.k, p.v, p.log_decay, p.alpha, p.beta,
@@ -56,7 +56,7 @@ def gka(p: Problem, num_iter: int | str = "auto") -> Outputs:
     return outputs if result.final_state is None else outputs | result.final_state._asdict()
 
 
-def solve(p: Problem, num_iter: int | str = "auto") -> Outputs:
+def solve(p: Problem, num_iter: int | Literal["auto"] = "auto") -> Outputs:
     result = gka_ops.chunk_solve(
         p.q, p.k, p.log_decay, p.beta,
         ridge=Ridge(p.ridge_scale, p.ridge_offset, DEFAULT_RIDGE), num_iter=num_iter, qk_l2norm=p.qk_l2norm,

@@ -179,7 +179,10 @@ TABLE = (
     Bad("gate a tuple", {"gate": tuple(GATE)}, TypeError, "expected gate to be a DecayGate or None, got tuple"),
     *(
         Bad(f"{name} {problem}", {"gate": make(value)}, error, f"expected gate.{name} {message}")
-        for name, make in (("A_log", DecayGate), ("dt_bias", lambda value: DecayGate(zeros(H), value)))
+        for name, make in (
+            ("A_log", lambda value: DecayGate(value)),
+            ("dt_bias", lambda value: DecayGate(zeros(H), value)),
+        )
         for problem, value, error, message in (
             ("a number", 1.0, TypeError, "to be a torch.Tensor, got float"),
             ("of another H", zeros(HKV), ValueError, "of shape [H] = [4], got [2]"),

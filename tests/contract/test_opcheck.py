@@ -72,7 +72,7 @@ def forward_args(op: str, p: Problem, num_iter: int = 3, final: bool = True, sav
     (r, r_tensor), (b, b_tensor) = split(p.ridge_scale), split(p.ridge_offset)
     ridge_and_gate = (r_tensor, b_tensor, p.A_log, p.dt_bias)
     if op == "chunk_solve":
-        tensors = (p.q, p.k, p.log_decay, p.beta, *ridge_and_gate, p.initial_kk, p.cu_seqlens)
+        tensors: Args = (p.q, p.k, p.log_decay, p.beta, *ridge_and_gate, p.initial_kk, p.cu_seqlens)
         return (*tensors, r, b, num_iter, p.qk_l2norm, final, "reference")
     tensors = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *ridge_and_gate, p.initial_kk, p.initial_kv, p.cu_seqlens)
     return (*tensors, r, b, num_iter, 0.5, p.qk_l2norm, final, save_x, "reference")
@@ -477,7 +477,8 @@ def test_functional_gradients(op: str, how: str) -> None:
     assert all(map(torch.equal, actual, expected))
 
     def through_vjp(q: Tensor, k: Tensor) -> Any:
-        value, vjp = torch.func.vjp(loss, q, k)
+        result: Any = torch.func.vjp(loss, q, k)
+        value, vjp = result
         return vjp(torch.ones_like(value))
 
     assert all(map(torch.equal, transformed(through_vjp, how)(p.q, p.k), expected))
