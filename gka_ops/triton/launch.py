@@ -103,7 +103,9 @@ class _Problem:
         }  # fmt: skip
         self.ridge = {
             "ridge_scale_tensor": self.ridge_scale_tensor, "ridge_offset_tensor": self.ridge_offset_tensor,
-            "ridge_scale": ridge_scale, "ridge_offset": ridge_offset, "num_iter": num_iter, **ridge_kind(self),
+            "ridge_scale": ridge_scale, "ridge_offset": ridge_offset, "num_iter": num_iter,
+            "CONSTANT_DELTA": ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
+            **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
         }  # fmt: skip
         self.values = {
             "V": self.V, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad,
@@ -140,13 +142,11 @@ class _Problem:
         return self.q.new_empty(0, dtype=torch.float32)
 
 
-def ridge_kind(problem: Any) -> dict[str, bool]:
-    """Compile-time facts of the ridge."""
-    scale, offset = problem.ridge_scale_tensor, problem.ridge_offset_tensor
+def ridge_kind(scale: Tensor | None, offset: Tensor | None) -> dict[str, bool]:
+    """Compile-time facts of the ridge's tensors: [B, T, H] or [H]."""
     return {
         "SCALE_PER_TOKEN": scale is not None and scale.ndim == 3,
         "OFFSET_PER_TOKEN": offset is not None and offset.ndim == 3,
-        "CONSTANT_DELTA": scale is None and offset is None and problem.ridge_offset == 0,
     }
 
 
@@ -163,7 +163,7 @@ def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States,
         kv = _States(states, units, p.new(p.N, p.H, p.D, p.V) if want_final else None)
     kk_blocks = p.block_d // p.config.block_n if want_kk else 0
     kv_blocks = 0 if p.v is None else p.v_pad // p.config.block_v
-    if kk_blocks + kv_blocks > 0:
+    if kk_blocks + kv_blocks > 0 and p.N > 0:
         chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
             k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
             kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
@@ -534,8 +534,7 @@ def recurrent_gka(
             ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
             BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
             ROWS=config.rows, SOLVE=num_iter > 0,
-            SCALE_PER_TOKEN=ridge_scale_tensor is not None and ridge_scale_tensor.ndim == 3,
-            OFFSET_PER_TOKEN=ridge_offset_tensor is not None and ridge_offset_tensor.ndim == 3,
+            **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
             TENSOR_CORES=config.tensor_cores,
             QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
             OPERAND=_TRITON_DTYPES[operand], PRECISION=config.precision, **config.kernel.launch_options(),

@@ -130,3 +130,16 @@ def test_recurrent_gka(dtype: torch.dtype, D: int, num_iter: int) -> None:
     assert summarise(token_errors(output[kept], expected["output"][kept])).p99 <= bar
     for pool, name in ((kk, "final_kk"), (kv, "final_kv")):  # a few fp32 roundings
         assert norm_error(pool[slots[kept]], expected[name][kept]) <= 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (2, 0)])
+def test_no_tokens(B: int, T: int) -> None:
+    """States pass through, and so do their gradients."""
+    p = make_problem(**{**SMALL, "B": B, "T": T, "dtype": torch.float32, "state": True}).requiring_grad()
+    outputs = run_gka(p, num_iter=30, impl="triton")
+    assert outputs["output"].shape == (B, T, 2, 24)
+    for name, initial in (("final_kk", p.initial_kk), ("final_kv", p.initial_kv)):
+        assert initial is not None
+        assert torch.equal(outputs[name], initial)
+        (gradient,) = torch.autograd.grad(outputs[name].sum(), initial, retain_graph=True)
+        assert torch.equal(gradient, torch.ones_like(initial))
