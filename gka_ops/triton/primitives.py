@@ -3,10 +3,12 @@
 NOTE [Operands and units]
   Tensor-core operands are fp16 (fp32 for fp32 inputs), so their range must be kept by hand. Every operand is divided
   by a power of two, which is exact, and the factor travels beside it in fp32 as its "unit": rows of q, k, v and
-  right-hand sides by their own largest entry, state tiles by the tile's. ℓ2 normalisation and β never touch the
-  operands: the effective key is κ_s·k̂_s with k̂_s the scaled row and κ_s = β_s·unit_s, or β_s/max(‖k̂_s‖, ε/unit_s)
-  when normalised. So k̂ is exactly the key that came in (bf16 mantissas fit fp16), and the state pass and the solve
-  use the very same vector.
+  right-hand sides by their own largest entry, states by a bound that is carried along with them (state_unit). ℓ2
+  normalisation and β never touch the operands: the effective key is κ_s·k̂_s with k̂_s the scaled row and
+  κ_s = β_s·unit_s, or β_s/max(‖k̂_s‖, ε/unit_s) when normalised. So k̂ is exactly the key that came in (bf16 mantissas
+  fit fp16), and the state pass and the solve use the very same vector.
+
+Sections of MATH.md are those of docs/math.md.
 
 Notation: i_ program and loop indices, o_ offset vectors, m_ masks, p_ pointers, b_ tiles; CAPITALS are constexpr.
 Shapes in comments use C tokens of a chunk, D and V head dimensions (padded to powers of two, BLOCK_D and BLOCK_V).
@@ -250,8 +252,9 @@ def state_inner_product(p_a, p_b, i_state, BLOCK_D: tl.constexpr):
 def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
     """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
 
-    ``h_square`` is ‖H_c‖_F² in units of ``h_unit``². F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c
-    k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴; every term is >= 0.
+    F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴
+
+    Every term is >= 0. ``h_square`` is F_c² in units of ``h_unit``².
     """
     o_c = tl.arange(0, C)
     f_c = tl.sqrt(h_square) * h_unit

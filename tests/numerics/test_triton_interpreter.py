@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -76,10 +77,22 @@ def test_contract_at_head_dimension_128(row: contract.Row) -> None:
     contract.check(contract.measure(run_gka, problem, 30, "triton"), bars, torch.float16)
 
 
+@pytest.mark.parametrize("cut", [1, 40, 64])
+def test_a_cut_sequence_continues_from_its_state(cut: int) -> None:
+    whole = make_problem(**SMALL, dtype=torch.float32, state=True)
+    expected = run_gka(whole, num_iter=30, impl="triton")
+    first = run_gka(whole.tokens(0, cut), num_iter=30, impl="triton")
+    rest = dataclasses.replace(whole.tokens(cut, 70), initial_kk=first["final_kk"], initial_kv=first["final_kv"])
+    second = run_gka(rest, num_iter=30, impl="triton")
+    outputs = torch.cat([first["output"], second["output"]], dim=1)
+    bar = 70 * torch.finfo(torch.float32).eps  # sums of at most 70 products in another order
+    assert norm_error(outputs, expected["output"]) <= bar / 0.02  # the solve may magnify a difference by 1/ridge
+    for name in ("final_kk", "final_kv"):
+        assert norm_error(second[name], expected[name]) <= bar, name
+
+
 @pytest.mark.parametrize("chunk", [16, 32])
 def test_results_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     from gka_ops.triton import launch
 
     problem = make_problem(**SMALL, dtype=torch.float32, state=True)
