@@ -24,9 +24,20 @@ def _residual_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype in _SIXTEEN_BIT else dtype
 
 
-def _part(value: float, tensor: Tensor | None) -> float | Tensor:
-    """A ridge part: its tensor where there is one, else its float."""
-    return value if tensor is None else tensor
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None,
+    ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None, A_log: Tensor | None,
+    dt_bias: Tensor | None, initial_kk: Tensor | None, initial_kv: Tensor | None, cu_seqlens: Tensor | None,
+    ridge_scale: float, ridge_offset: float, qk_l2norm: bool,
+) -> Inputs:  # fmt: skip
+    """An operator's arguments as the reference takes them: a part of the ridge is its tensor, or else its float."""
+    return Inputs(
+        q=q, k=k, v=v, log_decay=log_decay, alpha=alpha, beta=beta,
+        ridge_scale=ridge_scale if ridge_scale_tensor is None else ridge_scale_tensor,
+        ridge_offset=ridge_offset if ridge_offset_tensor is None else ridge_offset_tensor,
+        A_log=A_log, dt_bias=dt_bias, initial_kk=initial_kk, initial_kv=initial_kv, cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+    )  # fmt: skip
 
 
 def _without_values(k: Tensor) -> Tensor:
@@ -89,20 +100,10 @@ def chunk_solve(
     Returns:
         (x, final_kk, fro).
     """
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=_without_values(k),
-        log_decay=log_decay,
-        beta=beta,
-        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
-        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_kk=initial_kk,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-    )
+    inputs = _inputs(
+        q, k, _without_values(k), log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
+    )  # fmt: skip
     result = chebyshev.forward(inputs, num_iter)
     return result.x, result.final_kk if output_final_state else _empty(q), result.fro
 
@@ -133,20 +134,10 @@ def chunk_solve_backward(
         (dq, dk, d_log_decay, d_beta, d_ridge_scale, d_ridge_offset, d_A_log, d_dt_bias, d_initial_kk), each like its
         input; empty for an absent one.
     """
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=_without_values(k),
-        log_decay=log_decay,
-        beta=beta,
-        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
-        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_kk=initial_kk,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-    )
+    inputs = _inputs(
+        q, k, _without_values(k), log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
+    )  # fmt: skip
     d_output = dx.new_empty(*dx.shape[:3], 0)
     g = adjoint.backward(inputs, x, fro, d_output, dx, d_final_kk, None, num_iter)
     gradients = (
@@ -190,22 +181,10 @@ def chunk_gka(
     Returns:
         (output, final_kk, final_kv, x, x_scale, x_query, fro); x packed for 16-bit inputs (:func:`pack_rows`).
     """
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        alpha=alpha,
-        beta=beta,
-        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
-        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_kk=initial_kk,
-        initial_kv=initial_kv,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-    )
+    inputs = _inputs(
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
+    )  # fmt: skip
     result = chebyshev.forward(inputs, num_iter, scale)
     x, x_scale, x_query, fro = _empty(q, _residual_dtype(q.dtype)), _empty(q), _empty(q), _empty(q)
     if save_x and num_iter > 0:
@@ -249,22 +228,10 @@ def chunk_gka_backward(
         (dq, dk, dv, d_log_decay, d_alpha, d_beta, d_ridge_scale, d_ridge_offset, d_A_log, d_dt_bias, d_initial_kk,
         d_initial_kv), each like its input; empty for an absent one.
     """
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        alpha=alpha,
-        beta=beta,
-        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
-        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_kk=initial_kk,
-        initial_kv=initial_kv,
-        cu_seqlens=cu_seqlens,
-        qk_l2norm=qk_l2norm,
-    )
+    inputs = _inputs(
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
+    )  # fmt: skip
     if num_iter > 0 and x.ndim == 1:
         result = chebyshev.forward(inputs, num_iter, scale)
         rows, fro = result.x, result.fro
@@ -302,19 +269,10 @@ def recurrent_gka(
     Returns:
         o [B, T, H, V] in the dtype of q.
     """
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        alpha=alpha,
-        beta=beta,
-        ridge_scale=_part(ridge_scale, ridge_scale_tensor),
-        ridge_offset=_part(ridge_offset, ridge_offset_tensor),
-        A_log=A_log,
-        dt_bias=dt_bias,
-        qk_l2norm=qk_l2norm,
-    )
+    inputs = _inputs(
+        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        None, None, None, ridge_scale, ridge_offset, qk_l2norm,
+    )  # fmt: skip
     B, T, H = q.shape[:3]
     output = q.new_zeros(B, T, H, v.shape[-1])
     if state_indices is None:
