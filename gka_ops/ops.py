@@ -178,16 +178,14 @@ def _backend(op: str, q: Tensor, impl: str) -> Any:
     ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
     """
     validation.check_backend(op, impl, q)
-    if impl == "reference" or (impl == "auto" and q.device.type != "cuda"):
-        from gka_ops.reference import backend as reference_backend
+    from gka_ops.triton import checks  # does not import Triton
 
-        return reference_backend
-    from gka_ops.triton import checks
+    if impl == "auto":
+        impl = "triton" if q.device.type == "cuda" and checks.unsupported_reason(q) is None else "reference"
+    if impl == "reference":
+        from gka_ops.reference import backend
 
-    if impl == "auto" and checks.unsupported_reason(q) is not None:
-        from gka_ops.reference import backend as reference_backend
-
-        return reference_backend
+        return backend
     checks.require_supported(q)
     from gka_ops.triton import launch
 

@@ -69,8 +69,7 @@ class _Problem:
         self.ridge_scale_tensor = _contiguous(ridge_scale_tensor)
         self.ridge_offset_tensor = _contiguous(ridge_offset_tensor)
         self.initial_kk, self.initial_kv = _contiguous(initial_kk), _contiguous(initial_kv)
-        self.ridge_scale, self.ridge_offset, self.scale = ridge_scale, ridge_offset, scale
-        self.num_iter, self.solve, self.qk_l2norm = num_iter, num_iter > 0, qk_l2norm
+        self.scale, self.solve, self.qk_l2norm = scale, num_iter > 0, qk_l2norm
 
         self.B, self.T, self.H, self.D = q.shape
         self.V = self.D if v is None else v.shape[-1]
@@ -107,9 +106,7 @@ class _Problem:
             "CONSTANT_DELTA": ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
             **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
         }  # fmt: skip
-        self.values = {
-            "V": self.V, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad,
-        }  # fmt: skip
+        self.values = {"V": self.V, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad}
 
     def _chunk_tables(self, cu_seqlens: Tensor, chunk: int) -> None:
         """chunk -> sequence and sequence -> first chunk, on the device. Boundaries are made monotone from 0 to T, so
@@ -127,8 +124,8 @@ class _Problem:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.q.new_empty(shape, dtype=dtype)
 
-    def per_token(self, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return self.new(self.B, self.T, self.H, dtype=dtype) if wanted else None
+    def per_token(self, wanted: bool = True) -> Tensor | None:
+        return self.new(self.B, self.T, self.H) if wanted else None
 
     @property
     def group(self) -> int:
@@ -222,13 +219,13 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
     y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
     fp32 for a solve alone, whose dx may be anything.
     """
-    wide = {"dtype": torch.float32 if p.v is None else p.operand}
+    y_dtype = torch.float32 if p.v is None else p.operand
     result = _Adjoint(
         dq=torch.empty_like(p.q),
         d_alpha=None if p.alpha is None else torch.empty_like(p.alpha),
         d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
         d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
-        y=p.new(p.B, p.T, p.H, p.D, **wide) if p.solve else None,
+        y=p.new(p.B, p.T, p.H, p.D, dtype=y_dtype) if p.solve else None,
         y_scale=p.per_token(p.solve),
         mu=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
@@ -369,8 +366,8 @@ def _forward(p: _Problem, output_final_state: bool, x_dtype: torch.dtype | None)
     with _on_device(p.q):
         kk, kv = chunk_states(p, p.solve or output_final_state, output_final_state)
         if p.tokens == 0:
-            output = None if p.v is None else torch.empty_like(p.q[..., :1].expand(*p.q.shape[:-1], p.V))
-            x = None if x_dtype is None else p.q.new_empty(p.q.shape, dtype=x_dtype)
+            output = None if p.v is None else p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
+            x = None if x_dtype is None else p.new(*p.q.shape, dtype=x_dtype)
             packed = x_dtype == torch.float16
             solved = _Solved(output, x, p.per_token(packed), p.per_token(packed), p.per_token(x_dtype is not None))
         else:
