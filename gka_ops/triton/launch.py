@@ -132,8 +132,8 @@ class _Problem:
         return self.H // self.Hkv
 
     @property
-    def chunk_grid(self) -> tuple[int, int]:
-        return (self.chunks, self.H)
+    def chunk_grid(self) -> tuple[int]:
+        return (self.chunks * self.H,)
 
     def empty(self) -> Tensor:
         return self.q.new_empty(0, dtype=torch.float32)

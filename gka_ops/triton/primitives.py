@@ -64,6 +64,13 @@ def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------------------- geometry
 @triton.jit
+def chunk_and_head(H):
+    """Program -> (chunk, query head). Heads vary fastest: programs that run side by side read whole rows of tokens."""
+    i = tl.program_id(0)
+    return i // H, i % H
+
+
+@triton.jit
 def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
     """Chunk -> (sequence or -1, first token, end of the sequence). Tokens count through the batch."""
     if cu_seqlens is None:

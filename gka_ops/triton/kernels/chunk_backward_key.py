@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    chunk_and_head,
     chunk_bounds,
     decay_matrix,
     dot_transposed_split,
@@ -75,7 +76,7 @@ def chunk_backward_key_kernel(
 
     dK = 2τ K R⁺ + 2wγ K H_c + 2 (W∘K Kᵀ) K − (Mᵀ∘K Xᵀ) Y − (Mᵀ∘K Yᵀ) X
     """
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
     if i_n < 0:
         return

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    chunk_and_head,
     chunk_bounds,
     decay_matrix,
     key_weight,
@@ -61,7 +62,7 @@ def chunk_backward_readout_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program does one chunk of one query head: dMix = s [diag(γ) dO U_cᵀ + (M ∘ dO Vᵀ) K]."""
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
     if i_n < 0:
         return

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     chebyshev,
+    chunk_and_head,
     chunk_bounds,
     decay_matrix,
     formed_anew,
@@ -79,7 +80,7 @@ def chunk_backward_solve_kernel(
     π = (1 − α) q·dMix − x·(incoming dx) + b (y·x), which takes A y = dx for granted rather than A x = q: x was
     stored rounded.
     """
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
     if i_n < 0:
         return

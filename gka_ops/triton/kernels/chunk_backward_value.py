@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    chunk_and_head,
     chunk_bounds,
     key_gradient,
     key_weight,
@@ -74,7 +75,7 @@ def chunk_backward_value_kernel(
 
     dV = τ K Ξ⁺ + s (Mᵀ∘K Mixᵀ) dO,   dK through U = τ V Ξ⁺ᵀ + s (Mᵀ∘V dOᵀ) Mix
     """
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
     if i_n < 0:
         return

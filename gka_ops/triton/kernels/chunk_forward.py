@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     chebyshev,
+    chunk_and_head,
     chunk_bounds,
     decay_matrix,
     dot_split,
@@ -76,7 +77,7 @@ def chunk_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program does one chunk of one query head."""
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
     if i_n < 0:
         return
