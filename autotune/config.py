@@ -36,7 +36,8 @@ class ChunkConfig:
     block_v: int
     precision: str
     state: KernelConfig
-    forward: KernelConfig
+    solve: KernelConfig
+    readout: KernelConfig
     backward_readout: KernelConfig
     backward_solve: KernelConfig
     backward_state: KernelConfig
@@ -79,7 +80,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         block_v=min(padded_v, 32 if large else 64),
         precision="tf32x3",
         state=KernelConfig(num_warps=4, num_stages=2),
-        forward=KernelConfig(num_warps=warps, num_stages=1),
+        solve=KernelConfig(num_warps=warps, num_stages=1),
+        readout=KernelConfig(num_warps=warps, num_stages=1),
         backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
         backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),

@@ -1,6 +1,6 @@
 """Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
 
-A forward is the state pass (H_c, then U_c) followed by the fused solve and read-out. A backward recomputes the
+A forward is the state pass (H_c and U_c), the solve and the read-out. A backward recomputes the
 chunk-start states, solves for the incoming gradient (stage A), scans the gradients of the states in reverse (stage
 B) and forms the gradients of keys, values and gates (stage C); docs/math.md §4.3.
 """
@@ -21,7 +21,8 @@ from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
 from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_state_kk_kernel, chunk_backward_state_kv_kernel
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
-from gka_ops.triton.kernels.chunk_forward import chunk_forward_kernel
+from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
+from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
 
@@ -171,32 +172,51 @@ def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States,
 
 
 class _Solved(NamedTuple):
-    output: Tensor | None
-    x: Tensor | None
-    x_scale: Tensor | None
-    x_query: Tensor | None
-    fro: Tensor | None
+    """The solution as it is stored, and ‖H_t‖_F; nothing without a solve."""
+
+    x: Tensor | None = None
+    x_scale: Tensor | None = None
+    x_query: Tensor | None = None
+    fro: Tensor | None = None
 
     def stored_x(self) -> dict[str, Tensor | None]:
         return {"x": self.x, "x_scale": self.x_scale, "x_query": self.x_query}
 
 
-def solve_and_read_out(
-    p: _Problem, kk: _States, kv: _States, x_dtype: torch.dtype | None, read_out: bool = True
-) -> _Solved:
-    """The fused forward of every chunk. ``x_dtype``: fp16 saves x row-scaled, fp32 as it is, ``None`` not at all."""
-    read_out = read_out and p.v is not None
-    output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype) if read_out else None
-    x = None if x_dtype is None else p.new(p.B, p.T, p.H, p.D, dtype=x_dtype)
-    x_scale, x_query = p.per_token(x_dtype == torch.float16), p.per_token(x_dtype == torch.float16)
-    fro = p.per_token(x_dtype is not None and p.solve)
-    chunk_forward_kernel[p.chunk_grid](
-        q=p.q, k=p.k, v=p.v if read_out else None, **p.gate, alpha=p.alpha, beta=p.beta, kk=kk.states,
-        kk_units=kk.units, kv=kv.states, kv_units=kv.units, output=output, x=x, x_scale=x_scale, x_query=x_query,
-        fro=fro, scale=p.scale, GROUP=p.group, SOLVE=p.solve, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
-        **p.tables, **p.ridge, **p.geometry, **p.values, **p.numerics, **p.config.forward.launch_options(),
+def solve(p: _Problem, kk: _States, x_dtype: torch.dtype) -> _Solved:
+    """x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
+    packed = x_dtype == torch.float16
+    solved = _Solved(
+        x=p.new(p.B, p.T, p.H, p.D, dtype=x_dtype), x_scale=p.per_token(packed), x_query=p.per_token(packed),
+        fro=p.per_token(),
     )  # fmt: skip
-    return _Solved(output, x, x_scale, x_query, fro)
+    if p.tokens == 0:
+        return solved
+    chunk_solve_kernel[p.chunk_grid](
+        q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
+        GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge, **p.geometry,
+        **p.numerics, **p.config.solve.launch_options(),
+    )  # fmt: skip
+    return solved
+
+
+def unsolved(p: _Problem) -> Tensor:
+    """x of ``chunk_solve`` without iterations: the query, normalised if asked for, in fp32."""
+    q = p.q.float()
+    return q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp(min=NORM_EPS) if p.qk_l2norm else q
+
+
+def read_out(p: _Problem, solved: _Solved, kv: _States) -> Tensor:
+    """The output of every token."""
+    output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
+    if p.tokens == 0:
+        return output
+    chunk_readout_kernel[p.chunk_grid](
+        q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **solved.stored_x(), kv=kv.states,
+        kv_units=kv.units, output=output, scale=p.scale, GROUP=p.group, OPERAND=_TRITON_DTYPES[p.operand],
+        **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.readout.launch_options(),
+    )  # fmt: skip
+    return output
 
 
 class _Adjoint(NamedTuple):
@@ -362,19 +382,6 @@ def token_gradients(
 
 
 # --------------------------------------------------------------------------------------------------------- operators
-def _forward(p: _Problem, output_final_state: bool, x_dtype: torch.dtype | None) -> tuple[_Solved, _States, _States]:
-    with _on_device(p.q):
-        kk, kv = chunk_states(p, p.solve or output_final_state, output_final_state)
-        if p.tokens == 0:
-            output = None if p.v is None else p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
-            x = None if x_dtype is None else p.new(*p.q.shape, dtype=x_dtype)
-            packed = x_dtype == torch.float16
-            solved = _Solved(output, x, p.per_token(packed), p.per_token(packed), p.per_token(x_dtype is not None))
-        else:
-            solved = solve_and_read_out(p, kk, kv, x_dtype)
-    return solved, kk, kv
-
-
 def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
     return p.empty() if tensor is None else tensor
 
@@ -387,9 +394,10 @@ def chunk_solve(
         q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
         cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm,
     )  # fmt: skip
-    solved, kk, _ = _forward(p, output_final_state, torch.float32)
-    fro = solved.fro if p.solve else p.new(p.B, p.T, p.H).zero_()
-    return solved.x, _or_empty(p, kk.final), fro
+    with _on_device(q):
+        kk, _ = chunk_states(p, p.solve or output_final_state, output_final_state)
+        solved = solve(p, kk, torch.float32) if p.solve else _Solved(unsolved(p), fro=p.new(p.B, p.T, p.H).zero_())
+    return solved.x, _or_empty(p, kk.final), solved.fro
 
 
 def chunk_gka(
@@ -400,10 +408,15 @@ def chunk_gka(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
         initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
     )  # fmt: skip
-    solved, kk, kv = _forward(p, output_final_state, p.operand if save_x and p.solve else None)
+    with _on_device(q):
+        kk, kv = chunk_states(p, p.solve or output_final_state, output_final_state)
+        solved = solve(p, kk, p.operand) if p.solve else _Solved()
+        output = read_out(p, solved, kv)
+    if not save_x:
+        solved = _Solved()
     x = q.new_empty(0, dtype=p.operand) if solved.x is None else solved.x
     residuals = (x, _or_empty(p, solved.x_scale), _or_empty(p, solved.x_query), _or_empty(p, solved.fro))
-    return solved.output, _or_empty(p, kk.final), _or_empty(p, kv.final), *residuals
+    return output, _or_empty(p, kk.final), _or_empty(p, kv.final), *residuals
 
 
 def _backward(
@@ -415,9 +428,9 @@ def _backward(
     with _on_device(p.q):
         kk, kv = chunk_states(p, p.solve or d_final_kk is not None, False)
         if not p.solve:
-            solved = _Solved(None, None, None, None, None)
+            solved = _Solved()
         elif solved.x is None or solved.x.numel() == 0:
-            solved = solve_and_read_out(p, kk, kv, p.operand, read_out=False)
+            solved = solve(p, kk, p.operand)
         adjoint = adjoint_solve(p, grad, solved, kk, kv)
         incoming = state_gradients(p, d_output, solved, adjoint, d_final_kk, d_final_kv)
         tokens = token_gradients(p, d_output, solved, adjoint, kk, kv, incoming)
@@ -487,7 +500,7 @@ def chunk_solve_backward(
         gradients = _backward_of_nothing(inputs, d_final_kk, None, q)
     else:
         p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm)
-        gradients = _backward(p, dx, d_final_kk, None, _Solved(None, x, None, None, fro))
+        gradients = _backward(p, dx, d_final_kk, None, _Solved(x, fro=fro))
     dq, dk, _, d_log_decay, _, d_beta, *rest, d_initial_kk, _ = gradients
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
 
@@ -505,7 +518,7 @@ def chunk_gka_backward(
         return _backward_of_nothing(inputs, d_final_kk, d_final_kv, q)
     p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
     packed = x_scale.numel() > 0
-    solved = _Solved(None, x, x_scale if packed else None, x_query if packed else None, fro)
+    solved = _Solved(x, x_scale if packed else None, x_query if packed else None, fro)
     return _backward(p, d_output, d_final_kk, d_final_kv, solved)
 
 

@@ -21,23 +21,29 @@ import triton.language as tl
 # ------------------------------------------------------------------------------------------------------------ units
 @triton.jit
 def pow2_floor(b):
-    """2^⌊log2 b⌋ for b >= 0, elementwise; 1 where b is zero or subnormal."""
+    """2^⌊log2 b⌋ for b >= 0, elementwise; 2^-126 where b is zero or subnormal, which weighs nothing in what follows."""
     bits = b.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.where(bits > 0, bits.to(tl.float32, bitcast=True), 1.0)
+    return tl.maximum(bits, 0x00800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pow2_inverse(unit):
+    """1/unit of a power of two, exactly, by its exponent alone: a division takes ten instructions."""
+    return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_rows(b):
     """[R, N] fp32 -> rows divided by a power of two to a largest entry in [1, 2), and those units [R]."""
     unit = pow2_floor(tl.max(tl.abs(b), axis=1))
-    return b * (1 / unit)[:, None], unit
+    return b * pow2_inverse(unit)[:, None], unit
 
 
 @triton.jit
 def scale_tile(b):
     """[R, N] fp32 -> the tile divided by a power of two to a largest entry in [1, 2), and that unit."""
     unit = pow2_floor(tl.max(tl.max(tl.abs(b), axis=1), axis=0))
-    return b * (1 / unit), unit
+    return b * pow2_inverse(unit), unit
 
 
 @triton.jit
@@ -127,6 +133,13 @@ def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_operand(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a token tensor [.., D] that is stored in the operand dtype already [C, BLOCK_D]; zero outside."""
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(p, b, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
     tl.store(p + o_row[:, None] * D + o_d[None, :], b.to(p.dtype.element_ty), mask=mask)
@@ -166,28 +179,48 @@ def load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY: tl
 
 @triton.jit
 def decay_matrix(b_c, C: tl.constexpr):
-    """M_ts = e^{c_t − c_s} for s <= t, else 0 (MATH.md §2); masked before exp."""
+    """M_ts = e^{c_t − c_s} for s <= t, else 0 (MATH.md §2).
+
+    Where the chunk decays little the exponential is a product of two vectors' around the middle, and a fifth of the
+    instructions; elsewhere, one exponential per entry, masked first.
+    """
     o_c = tl.arange(0, C)
     causal = o_c[:, None] >= o_c[None, :]
-    return tl.exp(tl.where(causal, b_c[:, None] - b_c[None, :], float("-inf")))
+    middle = 0.5 * tl.min(b_c, axis=0)
+    if middle > -16:
+        b_m = tl.where(causal, tl.exp(b_c - middle)[:, None] * tl.exp(middle - b_c)[None, :], 0.0)
+    else:
+        b_m = tl.exp(tl.where(causal, b_c[:, None] - b_c[None, :], float("-inf")))
+    return b_m
+
+
+@triton.jit
+def decayed_squares_from(b_c, b, C: tl.constexpr):
+    """Σ_{s>=t} e^{2 (c_s − c_t)} b_s [C]: a sum from the end where the chunk decays little, else by the matrix."""
+    middle = 0.5 * tl.min(b_c, axis=0)
+    if middle > -16:
+        b_sum = tl.exp(2 * (middle - b_c)) * tl.cumsum(tl.exp(2 * (b_c - middle)) * b, axis=0, reverse=True)
+    else:
+        b_m = decay_matrix(b_c, C)
+        b_sum = tl.sum(b_m * b_m * b[:, None], axis=0)
+    return b_sum
 
 
 @triton.jit
 def row_norm(b, unit, NORM_EPS: tl.constexpr):
     """max(‖b‖, ε/unit) of scaled rows [C, D]: times ``unit`` it is the ℓ2 norm that normalisation divides by."""
     norm = tl.sqrt(tl.sum(b * b, axis=1))
-    floor = NORM_EPS / unit
+    floor = NORM_EPS * pow2_inverse(unit)
     return tl.where(norm < floor, floor, norm)
 
 
 @triton.jit
 def key_weight(b_k, unit, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
-    """κ [C] with effective key κ_s·k̂_s, from scaled key rows k̂ [C, D] and β [C]; 0 for a zero key."""
+    """κ [C] with effective key κ_s·k̂_s, from scaled key rows k̂ [C, D] and β [C]; next to 0 for a zero key."""
     if QK_L2NORM:
-        weight = b_beta / row_norm(b_k, unit, NORM_EPS)
+        return b_beta / row_norm(b_k, unit, NORM_EPS)
     else:
-        weight = b_beta * unit
-    return tl.where(tl.max(tl.abs(b_k), axis=1) == 0, 0.0, weight)
+        return b_beta * unit
 
 
 @triton.jit
@@ -267,30 +300,38 @@ def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexp
     f_c = tl.sqrt(h_square) * h_unit
     weight = kappa * kappa
     unit = pow2_floor(tl.maximum(tl.max(weight, axis=0), f_c))  # F in units of the chunk's largest term: no overflow
-    weight = weight / unit
+    inverse = pow2_inverse(unit)
+    weight = weight * inverse
     b_kh = tl.dot(b_k, b_h, input_precision=PRECISION)
-    k_h_k = tl.sum(b_kh * b_k.to(tl.float32), axis=1) * (h_unit / unit)
+    k_h_k = tl.sum(b_kh * b_k.to(tl.float32), axis=1) * (h_unit * inverse)
     b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_pair = b_gram * b_gram * b_m * weight[:, None] * weight[None, :]
     diagonal = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_pair, 0.0), axis=1)
     j = 2 * gamma * weight * k_h_k + 2 * tl.sum(b_pair, axis=1) - diagonal
-    f_c = f_c / unit
+    f_c = f_c * inverse
     fro2 = gamma * gamma * f_c * f_c + tl.sum(b_m * b_m * j[None, :], axis=1)
     return tl.sqrt(tl.where(fro2 < 0, 0.0, fro2)) * unit
 
 
 @triton.jit
-def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr):
+def normalise(fro, ridge_scale, ridge_offset, FRO_MIN: tl.constexpr, CONSTANT_DELTA: tl.constexpr):
     """(1/η, weight of H) [C] of the normalised system (H_t + λ_t I)/η_t, η_t = F_t + λ_t (MATH.md §3.1, edge cases §2).
 
-    1/η is 0 on dead rows, which makes x 0; the weight of H is 0 also where F <= F_min, which makes x = q/b.
+    1/η is 0 on dead rows, which makes x 0; the weight of H is 0 also where F <= F_min, which makes x = q/b. With no
+    offset (CONSTANT_DELTA) the two are one.
     """
-    vanishing = fro <= FRO_MIN
-    dead = fro + ridge_scale * fro + ridge_offset <= FRO_MIN
-    f = tl.where(vanishing & (ridge_offset > 0), 0.0, fro)
-    eta = f + ridge_scale * f + ridge_offset
-    inv_eta = tl.where(dead, 0.0, 1 / tl.where(dead, 1.0, eta))
-    return inv_eta, tl.where(vanishing & (ridge_offset > 0), 0.0, inv_eta)
+    if CONSTANT_DELTA:
+        eta = fro + ridge_scale * fro
+        inv_eta = tl.where(eta <= FRO_MIN, 0.0, 1 / eta)
+        weight_h = inv_eta
+    else:
+        vanishing = fro <= FRO_MIN
+        dead = fro + ridge_scale * fro + ridge_offset <= FRO_MIN
+        f = tl.where(vanishing & (ridge_offset > 0), 0.0, fro)
+        eta = f + ridge_scale * f + ridge_offset
+        inv_eta = tl.where(dead, 0.0, 1 / tl.where(dead, 1.0, eta))
+        weight_h = tl.where(vanishing & (ridge_offset > 0), 0.0, inv_eta)
+    return inv_eta, weight_h
 
 
 @triton.jit
@@ -343,7 +384,7 @@ def normalise_rows_backward(b_d, b_hat, unit, QK_L2NORM: tl.constexpr, NORM_EPS:
 # ------------------------------------------------------------------------------------------------ the solution's rows
 @triton.jit
 def split_along_query(b_x, b_q):
-    """x = c·q + w [C, BLOCK_D] with w orthogonal to q: returns (w, c [C]).
+    """x = c·q + w [C, BLOCK_D] with w orthogonal to q [C, BLOCK_D]: returns (w, c [C]).
 
     With a short memory x is large and nearly parallel to q outside the span of the keys; w is small there, so
     rounding w to fp16 leaves the part that keys and values see intact, which rounding x would not.

@@ -8,6 +8,7 @@ from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
     decay_matrix,
+    decayed_squares_from,
     formed_anew,
     key_weight,
     load_log_decay,
@@ -95,7 +96,7 @@ def chunk_backward_solve_kernel(
     b_fro = load_scalars(fro, o_row, m_t, 0.0)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
-    inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
+    inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
     b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
     phi, b_psi = operator_weights(weight_h, unit_h, kappa, tl.exp(b_c), b_m)
     if CONSTANT_DELTA:
@@ -133,8 +134,7 @@ def chunk_backward_solve_kernel(
     b_mu = tl.where(vanishing, 0.0, b_ridge * b_d_lambda / tl.where(vanishing, 1.0, b_fro))
     tl.store(mu + o_row, b_mu, mask=m_t)
     b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
-    b_m = decay_matrix(b_c, C)
-    tl.store(w_local + o_row, tl.sum(b_m * b_m * tl.where(m_t, b_mu, 0.0)[:, None], axis=0), mask=m_t)
+    tl.store(w_local + o_row, decayed_squares_from(b_c, tl.where(m_t, b_mu, 0.0), C), mask=m_t)
     if d_ridge_scale is not None:
         tl.store(d_ridge_scale + o_row, b_d_lambda * b_fro, mask=m_t)
     if d_ridge_offset is not None:

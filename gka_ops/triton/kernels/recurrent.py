@@ -123,7 +123,7 @@ def recurrent_kernel(
             b_fro = tl.sqrt(tl.sum(tl.sum(b_h * b_h, axis=1, keep_dims=True), axis=0))
             b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_one, m_one, i_h, SCALE_PER_TOKEN)
             b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_one, m_one, i_h, OFFSET_PER_TOKEN)
-            inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN)
+            inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, False)
             delta = 1 - b_fro * weight_h
             unit_q = pow2_floor(tl.max(tl.abs(b_mix), axis=0))
             b_q = b_mix * (1 / unit_q)
