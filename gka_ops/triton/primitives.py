@@ -346,7 +346,8 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
 
     B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1]; without the middle term where ``b_k`` is None.
     ``delta`` is a scalar or [C, 1]. The increment is rounded to the operand type before anything uses it, so r stays
-    the true residual of z.
+    the true residual of z. φ and Ψ are rounded to it too, once: 64 registers hold z, 64 hold r, and what else must
+    live through the loop decides whether it spills.
     """
     theta = 0.5 * (1 + delta)
     h2 = 0.25 * (1 - delta) * (1 - delta)
@@ -354,12 +355,16 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
     b_d = (nu * b_b).to(b_h.dtype)
     b_z = b_d.to(tl.float32)
     b_r = b_b
+    b_phi = (-phi).to(b_h.dtype)[:, None]
+    if b_k is not None:
+        b_psi = b_psi.to(b_h.dtype)
     for _ in range(num_iter):
-        b_d32 = b_d.to(tl.float32)
         if b_k is not None:
-            b_s = tl.dot(b_d, tl.trans(b_k), input_precision=PRECISION)
-            b_r = tl.dot((b_s * -b_psi).to(b_h.dtype), b_k, b_r, input_precision=PRECISION)
-        b_r = tl.dot((b_d32 * -phi[:, None]).to(b_h.dtype), b_h, b_r, input_precision=PRECISION)
+            # −d, not d: what is computed goes to the tensor cores from registers, a carried value by shared memory.
+            b_s = tl.dot(-b_d, tl.trans(b_k), input_precision=PRECISION)
+            b_r = tl.dot(b_s.to(b_h.dtype) * b_psi, b_k, b_r, input_precision=PRECISION)
+        b_r = tl.dot(b_d * b_phi, b_h, b_r, input_precision=PRECISION)
+        b_d32 = b_d.to(tl.float32)
         b_r -= delta * b_d32
         nu_next = 1 / (2 * theta - h2 * nu)
         b_d = (h2 * nu * nu_next * b_d32 + 2 * nu_next * b_r).to(b_h.dtype)
@@ -401,6 +406,19 @@ def load_query(
     """Scaled rows q̂ [C, BLOCK_D] in fp32, the weight [C] with effective query weight_t·q̂_t, and the rows' units [C]."""
     b_q, unit_q = scale_rows(load_rows(q, o_row, m_t, o_d, D, BLOCK_D))
     return b_q, query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS), unit_q
+
+
+@triton.jit
+def effective_query(b_q, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """(rows [C, BLOCK_D], weight [C], unit [C]) of the rows that came in, for fp32 arithmetic: the effective query is
+    weight·rows. Only normalisation scales the rows, by 1/unit."""
+    if QK_L2NORM:
+        b_q, unit = scale_rows(b_q)
+        weight = 1 / row_norm(b_q, unit, NORM_EPS)
+    else:
+        unit = tl.full((b_q.shape[0],), 1.0, tl.float32)
+        weight = unit
+    return b_q, weight, unit
 
 
 @triton.jit

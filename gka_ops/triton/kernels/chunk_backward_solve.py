@@ -9,12 +9,12 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_matrix,
     decayed_squares_from,
+    effective_query,
     formed_anew,
     key_weight,
     load_log_decay,
-    load_query,
+    load_operand,
     load_ridge,
-    load_rows,
     load_scalars,
     load_solution,
     load_state,
@@ -89,45 +89,61 @@ def chunk_backward_solve_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
-    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
-    b_m = decay_matrix(b_c, C)
-    b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-    kappa = key_weight(b_k, unit_k, load_scalars(beta, o_row, m_t, 1.0), QK_L2NORM, NORM_EPS)
+    # Everything that is read travels at once, before anything waits for it; after the solve likewise.
+    b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
+    b_beta = load_scalars(beta, o_row, m_t, 1.0)
     b_fro = load_scalars(fro, o_row, m_t, 0.0)
+    b_k = load_operand(k, o_kv, m_t, o_d, D, BLOCK_D)
+    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+    b_dx = load_operand(dx, o_row, m_t, o_d, D, BLOCK_D)
+
+    b_c = tl.cumsum(b_g, axis=0)
+    b_k, unit_k = scale_rows(b_k.to(tl.float32))
+    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
     inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
-    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+    b_k = b_k.to(OPERAND)
+    # Adding nothing of a product's makes Ψ a tile of the tensor cores' layout, where a thread has two rows, not 32.
+    b_m = decay_matrix(b_c, C) + 0.0 * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     phi, b_psi = operator_weights(weight_h, unit_h, kappa, tl.exp(b_c), b_m)
     if CONSTANT_DELTA:
         delta = ridge_scale / (1 + ridge_scale)
     else:
         delta = (1 - b_fro * weight_h)[:, None]
-    b_dx, weight_y = scale_rows(load_rows(dx, o_row, m_t, o_d, D, BLOCK_D))
-    b_y = chebyshev(b_dx, b_h, b_k.to(OPERAND), phi, b_psi, delta, num_iter, PRECISION)
+    b_dx, weight_y = scale_rows(b_dx.to(tl.float32))
+    b_z = chebyshev(b_dx, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)
+    weight_y *= inv_eta  # y = weight_y z
+
     start = formed_anew(start, num_iter)
     m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    b_q = load_operand(q, o_row, m_t, o_d, D, BLOCK_D)
+    b_x = load_operand(x, o_row, m_t, o_d, D, BLOCK_D)
+    b_dx = load_operand(dx, o_row, m_t, o_d, D, BLOCK_D)
     b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
     if THROUGH_READOUT:  # dx = α dMix
         weight_y *= b_alpha
-    b_y *= (weight_y * inv_eta)[:, None]
-
-    b_scaled, unit_y = scale_rows(b_y)
+    b_scaled, unit_y = scale_rows(b_z)
     store_rows(y, b_scaled, o_row, m_t, o_d, D, BLOCK_D)
-    tl.store(y_scale + o_row, unit_y, mask=m_t)
-    b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-    b_q *= weight_q[:, None]
-    b_x = load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D, BLOCK_D)
-    b_d_lambda = -tl.sum(b_y * b_x, axis=1)
+    tl.store(y_scale + o_row, unit_y * weight_y, mask=m_t)
+
+    b_q, weight_q, unit_q = effective_query(b_q.to(tl.float32), QK_L2NORM, NORM_EPS)
+    y_x = tl.sum(b_z * b_x.to(tl.float32), axis=1)
+    if x_scale is not None:
+        y_x *= load_scalars(x_scale, o_row, m_t, 0.0)
+        y_x += load_scalars(x_query, o_row, m_t, 0.0) * weight_q * tl.sum(b_z * b_q, axis=1)
+    b_d_lambda = -weight_y * y_x
     b_pi = -b_offset * b_d_lambda
-    b_dx = load_rows(dx, o_row, m_t, o_d, D, BLOCK_D)
+    b_dx = b_dx.to(tl.float32)
+    b_y = b_z * weight_y[:, None]
     if THROUGH_READOUT:
         b_pi += load_scalars(pi, o_row, m_t, 0.0)
         b_y += b_dx * (1 - b_alpha)[:, None]
     else:
+        b_x = load_solution(x, x_scale, x_query, b_q * weight_q[:, None], o_row, m_t, o_d, D, BLOCK_D)
         b_pi -= tl.sum(b_dx * b_x, axis=1)
     tl.store(pi + o_row, b_pi, mask=m_t)
-    b_dq = normalise_rows_backward(b_y, b_q * (1 / weight_q)[:, None], unit_q, QK_L2NORM, NORM_EPS)
+    b_dq = normalise_rows_backward(b_y, b_q, unit_q, QK_L2NORM, NORM_EPS)
     store_rows(dq, b_dq, o_row, m_t, o_d, D, BLOCK_D)
 
     vanishing = b_fro <= FRO_MIN

@@ -12,16 +12,17 @@ from gka_ops.triton.primitives import (
     frobenius_norm,
     key_weight,
     load_log_decay,
-    load_query,
+    load_operand,
     load_ridge,
     load_rows,
     load_scalars,
     load_state,
     normalise,
     operator_weights,
+    pow2_inverse,
+    query_weight,
     scale_rows,
     split_along_query,
-    state_inner_product,
     store_rows,
     token_rows,
 )
@@ -74,16 +75,20 @@ def chunk_solve_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
-    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    # Everything that is read travels at once, before anything waits for it.
+    b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
+    b_beta = load_scalars(beta, o_row, m_t, 1.0)
+    b_k = load_operand(k, o_kv, m_t, o_d, D, BLOCK_D)
+    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+    b_q = load_operand(q, o_row, m_t, o_d, D, BLOCK_D)
+
+    b_c = tl.cumsum(b_g, axis=0)
     gamma = tl.exp(b_c)
     b_m = decay_matrix(b_c, C)
-    b_beta = load_scalars(beta, o_row, m_t, 1.0)
-    b_k32, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
+    b_k32, unit_k = scale_rows(b_k.to(tl.float32))
     kappa = key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS)
     b_k = b_k32.to(OPERAND)
-
-    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
-    h_square = state_inner_product(kk, kk, i_state, BLOCK_D)
+    h_square = tl.sum(tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32), axis=1), axis=0)
     b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, C, PRECISION)
     tl.store(fro + o_row, b_fro, mask=m_t)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
@@ -94,7 +99,8 @@ def chunk_solve_kernel(
         delta = ridge_scale / (1 + ridge_scale)
     else:
         delta = (1 - b_fro * weight_h)[:, None]
-    b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    b_q, unit_q = scale_rows(b_q.to(tl.float32))
+    weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
     b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)  # x = weight_q/η z
 
     start = formed_anew(start, num_iter)
@@ -102,7 +108,7 @@ def chunk_solve_kernel(
     if x_scale is None:
         store_rows(x, b_z * (weight_q * inv_eta)[:, None], o_row, m_t, o_d, D, BLOCK_D)
     else:  # x = c q + w
-        b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+        b_q = load_rows(q, o_row, m_t, o_d, D, BLOCK_D) * pow2_inverse(unit_q)[:, None]
         b_w, c = split_along_query(b_z, b_q)
         b_w, unit_w = scale_rows(b_w)
         store_rows(x, b_w, o_row, m_t, o_d, D, BLOCK_D)
