@@ -120,10 +120,16 @@ def formed_anew(start, num_iter):
 
 
 @triton.jit
+def load_raw_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a token tensor [.., D] as they are, [C, BLOCK_D]; zero outside."""
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
-    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
-    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return load_raw_rows(p, o_row, m_t, o_d, D, BLOCK_D).to(tl.float32)
 
 
 @triton.jit
@@ -154,8 +160,15 @@ def sigmoid(b):
 
 @triton.jit
 def load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY: tl.constexpr):
+    """g [C] of the tokens at ``o_row``: see :func:`effective_log_decay`."""
+    return effective_log_decay(
+        load_scalars(log_decay, o_row, m_t, 0.0), A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY
+    )
+
+
+@triton.jit
+def effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY: tl.constexpr):
     """g [C]: given, or −exp(A_log)·softplus(a + dt_bias); clamped from below, 0 outside (MATH.md §1)."""
-    b_g = load_scalars(log_decay, o_row, m_t, 0.0)
     if A_log is not None:
         if dt_bias is not None:
             b_g += tl.load(dt_bias + i_h).to(tl.float32)
@@ -188,6 +201,19 @@ def key_weight(b_k, unit, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexp
     else:
         weight = b_beta * unit
     return tl.where(tl.max(tl.abs(b_k), axis=1) == 0, 0.0, weight)
+
+
+@triton.jit
+def scale_keys(b_k, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Key rows in fp32 -> (k̂ [C, D], κ [C], their units [C]): scale_rows and key_weight from one maximum a row."""
+    largest = tl.max(tl.abs(b_k), axis=1)
+    unit = pow2_floor(largest)
+    b_k *= (1 / unit)[:, None]
+    if QK_L2NORM:
+        weight = b_beta / row_norm(b_k, unit, NORM_EPS)
+    else:
+        weight = b_beta * unit
+    return b_k, tl.where(largest == 0, 0.0, weight), unit
 
 
 @triton.jit

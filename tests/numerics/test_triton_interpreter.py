@@ -104,6 +104,36 @@ def test_results_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.Monk
         assert norm_error(other[name], value) <= 70 * torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_results_do_not_depend_on_the_width_of_the_state_pass(
+    dtype: torch.dtype, qk_l2norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Column blocks of H must agree on its unit, and wide blocks of U serve several of the read-out's."""
+    from gka_ops.triton import launch
+
+    problem = make_problem(**{**SMALL, "D": 40, "V": 70, "qk_l2norm": qk_l2norm, "dtype": dtype, "state": True})
+    chosen, results = launch.chunk_config, []
+    for width in (16, 32, 64):
+        monkeypatch.setattr(
+            launch, "chunk_config", lambda *key, w=width: dataclasses.replace(chosen(*key), block_v=16, block_state=w)
+        )
+        results.append(run_gka(problem, num_iter=30, impl="triton"))
+    for other in results[1:]:  # the same products in another order, rounded to the output's dtype
+        for name, value in results[0].items():
+            bar = 1e-3 if dtype == torch.float16 and name == "output" else 70 * torch.finfo(torch.float32).eps
+            if dtype == torch.float16:
+                bar = max(bar, 2 * torch.finfo(torch.float16).eps)  # the unit of U's rows differs by block
+            assert norm_error(other[name], value) <= bar, name
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e-2, 1e2])
+def test_a_state_far_larger_or_smaller_than_the_updates(magnitude: float) -> None:
+    problem = make_problem(**{**SMALL, "T": 130, "dtype": torch.float16, "state": True, "mean_decay": 0.001})
+    problem = problem.map(lambda name, t: t * magnitude if name.startswith("initial") else t)
+    contract.check(contract.measure(run_gka, problem, 30, "triton"), contract.SIXTEEN_BIT, torch.float16)
+
+
 @pytest.mark.parametrize(
     "options", [{"state": True, "gate": True}, {"seq_lengths": (5, 0, 65), "ridge": "token"}], ids=str
 )
