@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Warps of one program and software-pipelining depth of its loops."""
+    """Warps of one program, software-pipelining depth of its loops, and registers a thread may take (0: any number)."""
 
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
     def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         precision="tf32x3",
         state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
         forward=KernelConfig(num_warps=warps, num_stages=1),
-        backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_readout=KernelConfig(
+            num_warps=gradient_warps,
+            num_stages=1,
+            max_registers=128 if gradient_warps == 8 and not is_fp32 else 0,  # two programs a multiprocessor
+        ),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
         backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter: small shapes, fp16 and fp32 (its bf16 arithmetic is not exact)."""
+"""The Triton kernels under Triton's interpreter: small shapes, fp16 and fp32; bf16 once (its rounding is not exact)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,30 @@ def test_chunk_gka(name: str, dtype: torch.dtype) -> None:
     options = {**SMALL, "dtype": dtype, **OPTIONS[name]}
     bars = contract.bars_for(dtype, options.get("keys", "random"), options.get("mean_decay", 0.01))
     contract.check(contract.measure(run_gka, make_problem(**options), 30, "triton"), bars, dtype)
+
+
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_bf16_operands(qk_l2norm: bool, num_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 rows enter the read-out's gradient as they are. The interpreter would multiply their bit patterns."""
+    from triton.runtime import interpreter
+
+    exact_dot = interpreter.InterpreterBuilder.create_dot
+
+    def as_fp32(handle: Any) -> Any:
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        bits = handle.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: exact_dot(self, as_fp32(a), as_fp32(b), *rest),
+    )
+    problem = make_problem(**{**SMALL, "dtype": torch.bfloat16, "qk_l2norm": qk_l2norm})
+    errors = contract.measure(run_gka, problem, num_iter, "triton")
+    contract.check(errors, contract.SIXTEEN_BIT, torch.bfloat16)
 
 
 @pytest.mark.parametrize("state", [False, True])

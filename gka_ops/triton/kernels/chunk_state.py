@@ -20,7 +20,7 @@ FINE = tl.constexpr(2.0**-11)
 
 @triton.jit
 def fine_unit(bound):
-    """(unit, 1/unit) of a state on the way. Bounds at the low end of fp32 count as zero, for 1/unit has to be finite."""
+    """(unit, 1/unit) of a state on the way. Bounds at the low end of fp32 count as zero, so that 1/unit is finite."""
     unit, inverse = state_unit(tl.where(bound < 2.0**-112, 0.0, bound))
     return unit * FINE, inverse * (1 / FINE)
 
@@ -167,6 +167,6 @@ def chunk_state_kernel(
         if i_col >= KK_BLOCKS:
             walk_sequence(
                 k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T,
-                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_R, V_PAD, BLOCK_R // BLOCK_V, C, False, QK_L2NORM, NORM_EPS,
-                MIN_LOG_DECAY, PRECISION,
+                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_R, V_PAD, BLOCK_R // BLOCK_V, C, False,
+                QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, PRECISION,
             )  # fmt: skip
