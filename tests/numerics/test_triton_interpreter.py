@@ -143,11 +143,10 @@ def test_results_do_not_depend_on_the_width_of_the_state_pass(
             launch, "chunk_config", lambda *key, w=width: dataclasses.replace(chosen(*key), block_v=16, block_state=w)
         )
         results.append(run_gka(problem, num_iter=30, impl="triton"))
-    for other in results[1:]:  # the same products in another order, rounded to the output's dtype
+    # The same sums; in fp16 the units of U's rows, and so their rounding below 2^-14, differ.
+    bar = 70 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(torch.float16).eps
+    for other in results[1:]:
         for name, value in results[0].items():
-            bar = 1e-3 if dtype == torch.float16 and name == "output" else 70 * torch.finfo(torch.float32).eps
-            if dtype == torch.float16:
-                bar = max(bar, 2 * torch.finfo(torch.float16).eps)  # the unit of U's rows differs by block
             assert norm_error(other[name], value) <= bar, name
 
 
