@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Warps of one program and software-pipelining depth of its loops."""
+    """Warps of one program, software-pipelining depth of its loops, and registers a thread may take (0: any number)."""
 
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
     def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,16 @@ class ChunkConfig:
 
     Attributes:
         chunk: C, tokens a chunk.
-        block_n: columns of a key-key state (of D) that one program of the state passes holds.
+        block_n: columns of a key-key state (of D) that one program of the reverse state pass holds.
         block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
+        block_state: columns of a state that one program of the forward state pass holds, at most.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
 
     chunk: int
     block_n: int
     block_v: int
+    block_state: int
     precision: str
     state: KernelConfig
     solve: KernelConfig
@@ -78,11 +82,16 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         chunk=32 if large else 64,
         block_n=min(padded_d, 32 if padded_d > 128 else 64),
         block_v=min(padded_v, 32 if large else 64),
+        block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,
         precision="tf32x3",
-        state=KernelConfig(num_warps=4, num_stages=2),
+        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(num_warps=warps, num_stages=1),
-        backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_readout=KernelConfig(
+            num_warps=gradient_warps,
+            num_stages=1,
+            max_registers=128 if gradient_warps == 8 and not is_fp32 else 0,  # two programs a multiprocessor
+        ),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
         backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),

@@ -43,6 +43,12 @@ def _on_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
+def _multiprocessors(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 class _States(NamedTuple):
     """Chunk-level states in the operand dtype with their units, and the fp32 state after the last token."""
 
@@ -149,6 +155,29 @@ def ridge_kind(scale: Tensor | None, offset: Tensor | None) -> dict[str, bool]:
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
+def _state_widths(p: _Problem, want_kk: bool) -> tuple[int, int]:
+    """Columns of H and of U that one program of the forward state pass holds.
+
+    The widest of the configuration, for every column block works on the keys anew; fewer while that gives twice as
+    many programs no more than the multiprocessors. Column blocks of U are whole blocks of BLOCK_V.
+    """
+    width = p.config.block_state
+
+    def widths() -> tuple[int, int]:
+        block_r = p.config.block_v
+        while block_r < width and p.v_pad % (2 * block_r) == 0:
+            block_r *= 2
+        return min(p.block_d, width), block_r
+
+    def programs() -> int:
+        block_n, block_r = widths()
+        return p.N * p.H * (want_kk * p.block_d // block_n + (p.v is not None) * p.v_pad // block_r)
+
+    while width > p.config.block_v and 2 * programs() <= _multiprocessors(p.q):
+        width //= 2
+    return widths()
+
+
 def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States, _States]:
     """H_c (if wanted) and U_c (if there are values) of every chunk, in one pass."""
     kk = kv = _NO_STATES
@@ -159,14 +188,16 @@ def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States,
         states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
         units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
         kv = _States(states, units, p.new(p.N, p.H, p.D, p.V) if want_final else None)
-    kk_blocks = p.block_d // p.config.block_n if want_kk else 0
-    kv_blocks = 0 if p.v is None else p.v_pad // p.config.block_v
+    block_n, block_r = _state_widths(p, want_kk)
+    kk_blocks = p.block_d // block_n if want_kk else 0
+    kv_blocks = 0 if p.v is None else p.v_pad // block_r
     if kk_blocks + kv_blocks > 0 and p.N > 0:
         chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
             k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
             kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
-            chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=p.config.block_n, KK_BLOCKS=kk_blocks,
-            KV_BLOCKS=kv_blocks, **p.geometry, **p.values, **p.numerics, **p.config.state.launch_options(),
+            chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=block_n, BLOCK_R=block_r,
+            KK_BLOCKS=kk_blocks, KV_BLOCKS=kv_blocks, **p.geometry, **p.values, **p.numerics,
+            **p.config.state.launch_options(),
         )  # fmt: skip
     return kk, kv
 

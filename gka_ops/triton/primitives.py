@@ -68,6 +68,35 @@ def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
         return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
 
 
+@triton.jit
+def key_operand(b_k, b_beta, OPERAND: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Key rows as they came in -> (operand rows [C, D], weight [C]) with effective key weight_s·row_s.
+
+    bf16 rows are left alone: bf16 has the range of fp32, so they need no units.
+    """
+    if b_k.dtype == tl.bfloat16:
+        weight = b_beta
+        if QK_L2NORM:
+            _, kappa, unit = scale_keys(b_k.to(tl.float32), b_beta, QK_L2NORM, NORM_EPS)
+            weight = kappa / unit
+        return b_k, weight
+    else:
+        b_hat, kappa, _ = scale_keys(b_k.to(tl.float32), b_beta, QK_L2NORM, NORM_EPS)
+        return b_hat.to(OPERAND), kappa
+
+
+@triton.jit
+def dot_onto(b_acc, b_x, b_y, PRECISION: tl.constexpr):
+    """acc + x @ y for fp32 x [M, K] of any range and operand y [K, N], from :func:`key_operand`."""
+    if b_y.dtype == tl.bfloat16:  # two terms, for one has 8 bits only
+        b_hi = b_x.to(tl.bfloat16)
+        b_lo = (b_x - b_hi.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(b_lo, b_y, tl.dot(b_hi, b_y, b_acc))
+    else:
+        b_x, unit = scale_rows(b_x)
+        return b_acc + tl.dot(b_x.to(b_y.dtype), b_y, input_precision=PRECISION) * unit[:, None]
+
+
 # --------------------------------------------------------------------------------------------------------- geometry
 @triton.jit
 def chunk_and_head(H):
@@ -116,6 +145,17 @@ def token_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
 
 
 @triton.jit
+def chunk_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
+    """:func:`token_rows` in parts: which tokens exist, the chunk's first row in [tokens, H] and in [tokens, Hkv]
+    tensors, and the tokens' rows from there. Rows within a chunk need no 64 bits.
+    """
+    o_t = tl.arange(0, C)
+    HKV = H // GROUP
+    first = start.to(tl.int64)
+    return start + o_t < end, first * H + i_h, first * HKV + i_h // GROUP, o_t * H, o_t * HKV
+
+
+@triton.jit
 def formed_anew(start, num_iter):
     """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
 
@@ -126,10 +166,16 @@ def formed_anew(start, num_iter):
 
 
 @triton.jit
+def load_raw_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a token tensor [.., D] as they are, [C, BLOCK_D]; zero outside."""
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
-    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
-    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return load_raw_rows(p, o_row, m_t, o_d, D, BLOCK_D).to(tl.float32)
 
 
 @triton.jit
@@ -167,8 +213,13 @@ def sigmoid(b):
 
 @triton.jit
 def load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY: tl.constexpr):
+    """g [C] of the tokens at ``o_row``: see :func:`effective_log_decay`."""
+    return effective_log_decay(load_scalars(log_decay, o_row, m_t, 0.0), A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
+
+
+@triton.jit
+def effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY: tl.constexpr):
     """g [C]: given, or −exp(A_log)·softplus(a + dt_bias); clamped from below, 0 outside (MATH.md §1)."""
-    b_g = load_scalars(log_decay, o_row, m_t, 0.0)
     if A_log is not None:
         if dt_bias is not None:
             b_g += tl.load(dt_bias + i_h).to(tl.float32)
@@ -221,6 +272,19 @@ def key_weight(b_k, unit, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexp
         return b_beta / row_norm(b_k, unit, NORM_EPS)
     else:
         return b_beta * unit
+
+
+@triton.jit
+def scale_keys(b_k, b_beta, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Key rows in fp32 -> (k̂ [C, D], κ [C], their units [C]): scale_rows and key_weight from one maximum a row."""
+    largest = tl.max(tl.abs(b_k), axis=1)
+    unit = pow2_floor(largest)
+    b_k *= (1 / unit)[:, None]
+    if QK_L2NORM:
+        weight = b_beta / row_norm(b_k, unit, NORM_EPS)
+    else:
+        weight = b_beta * unit
+    return b_k, tl.where(largest == 0, 0.0, weight), unit
 
 
 @triton.jit

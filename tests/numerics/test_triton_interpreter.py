@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter: small shapes, fp16 and fp32 (its bf16 arithmetic is not exact)."""
+"""The Triton kernels under Triton's interpreter: small shapes, fp16 and fp32; bf16 once (its rounding is not exact)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,30 @@ def test_chunk_gka(name: str, dtype: torch.dtype) -> None:
     options = {**SMALL, "dtype": dtype, **OPTIONS[name]}
     bars = contract.bars_for(dtype, options.get("keys", "random"), options.get("mean_decay", 0.01))
     contract.check(contract.measure(run_gka, make_problem(**options), 30, "triton"), bars, dtype)
+
+
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_bf16_operands(qk_l2norm: bool, num_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 rows enter the read-out's gradient as they are. The interpreter would multiply their bit patterns."""
+    from triton.runtime import interpreter
+
+    exact_dot = interpreter.InterpreterBuilder.create_dot
+
+    def as_fp32(handle: Any) -> Any:
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        bits = handle.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: exact_dot(self, as_fp32(a), as_fp32(b), *rest),
+    )
+    problem = make_problem(**{**SMALL, "dtype": torch.bfloat16, "qk_l2norm": qk_l2norm})
+    errors = contract.measure(run_gka, problem, num_iter, "triton")
+    contract.check(errors, contract.SIXTEEN_BIT, torch.bfloat16)
 
 
 @pytest.mark.parametrize("state", [False, True])
@@ -102,6 +126,35 @@ def test_results_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.Monk
     other = run_gka(problem, num_iter=30, impl="triton")
     for name, value in whole.items():  # sums of at most 70 products in another order
         assert norm_error(other[name], value) <= 70 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_results_do_not_depend_on_the_width_of_the_state_pass(
+    dtype: torch.dtype, qk_l2norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Column blocks of H must agree on its unit, and wide blocks of U serve several of the read-out's."""
+    from gka_ops.triton import launch
+
+    problem = make_problem(**{**SMALL, "D": 40, "V": 70, "qk_l2norm": qk_l2norm, "dtype": dtype, "state": True})
+    chosen, results = launch.chunk_config, []
+    for width in (16, 32, 64):
+        monkeypatch.setattr(
+            launch, "chunk_config", lambda *key, w=width: dataclasses.replace(chosen(*key), block_v=16, block_state=w)
+        )
+        results.append(run_gka(problem, num_iter=30, impl="triton"))
+    # The same sums; in fp16 the units of U's rows, and so their rounding below 2^-14, differ.
+    bar = 70 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(torch.float16).eps
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert norm_error(other[name], value) <= bar, name
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e-2, 1e2])
+def test_a_state_far_larger_or_smaller_than_the_updates(magnitude: float) -> None:
+    problem = make_problem(**{**SMALL, "T": 130, "dtype": torch.float16, "state": True, "mean_decay": 0.001})
+    problem = problem.map(lambda name, t: t * magnitude if name.startswith("initial") else t)
+    contract.check(contract.measure(run_gka, problem, 30, "triton"), contract.SIXTEEN_BIT, torch.float16)
 
 
 @pytest.mark.parametrize(

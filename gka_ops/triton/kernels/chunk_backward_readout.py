@@ -6,18 +6,19 @@ import triton.language as tl
 from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
+    chunk_rows,
     decay_matrix,
-    key_weight,
+    dot_onto,
+    key_operand,
     load_log_decay,
-    load_query,
+    load_raw_rows,
     load_rows,
     load_scalars,
-    load_solution,
     load_state,
     normalise_rows_backward,
+    query_weight,
     scale_rows,
     store_rows,
-    token_rows,
 )
 
 
@@ -68,41 +69,45 @@ def chunk_backward_readout_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_d = tl.arange(0, BLOCK_D)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, row, row_kv, o_row, o_kv = chunk_rows(start, end, i_h, H, GROUP, C)
+    b_k = load_raw_rows(k + row_kv * D, o_kv, m_t, o_d, D, BLOCK_D)
 
     b_dm = tl.zeros((C, BLOCK_D), tl.float32)
     b_s = tl.zeros((C, C), tl.float32)
     for i_v in range(V_PAD // BLOCK_V):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        b_do, unit_do = scale_rows(load_rows(d_output, o_row, m_t, o_v, V, V_PAD))
-        b_do = b_do.to(OPERAND)
+        b_do = load_raw_rows(d_output + row * V, o_row, m_t, o_v, V, V_PAD)
+        b_v = load_raw_rows(v + row_kv * V, o_kv, m_t, o_v, V, V_PAD)
         b_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
         unit_u = tl.load(kv_units + i_state * (V_PAD // BLOCK_V) + i_v)
-        b_dm += tl.dot(b_do, tl.trans(b_u), input_precision=PRECISION) * (unit_do * unit_u)[:, None]
-        b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
-        b_dov = tl.dot(b_do, tl.trans(b_v.to(OPERAND)), input_precision=PRECISION)
-        b_s += b_dov * unit_do[:, None] * unit_v[None, :]
+        b_s = tl.dot(b_do, tl.trans(b_v), b_s, input_precision=PRECISION)  # as they came in: exact, of any range
+        b_do, unit_do = scale_rows(b_do.to(tl.float32))
+        b_dm += tl.dot(b_do.to(OPERAND), tl.trans(b_u), input_precision=PRECISION) * (unit_do * unit_u)[:, None]
 
-    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
-    b_beta = load_scalars(beta, o_row, m_t, 1.0)
-    b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
-    b_p, unit_p = scale_rows(b_s * decay_matrix(b_c, C) * (kappa * b_beta)[None, :])
-    b_dm *= (scale * tl.exp(b_c))[:, None]
-    b_dm += tl.dot(b_p.to(OPERAND), b_k.to(OPERAND), input_precision=PRECISION) * (scale * unit_p)[:, None]
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, row + o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    b_beta = load_scalars(beta, row + o_row, m_t, 1.0)
+    b_k, weight_k = key_operand(b_k, b_beta, OPERAND, QK_L2NORM, NORM_EPS)
+    b_s *= decay_matrix(b_c, C) * (scale * weight_k * b_beta)[None, :]
+    b_dm = dot_onto(b_dm * (scale * tl.exp(b_c))[:, None], b_s, b_k, PRECISION)
 
-    b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    b_q = load_rows(q + row * D, o_row, m_t, o_d, D, BLOCK_D)
+    weight_q, unit_q = 1.0, 1.0
+    if QK_L2NORM:
+        b_q, unit_q = scale_rows(b_q)
+        weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
     b_pi = tl.sum(b_dm * b_q, axis=1) * weight_q  # q·dm
     b_d_alpha = tl.zeros((C,), tl.float32)
     if SOLVE:
-        store_rows(dm, b_dm, o_row, m_t, o_d, D, BLOCK_D)
-        b_q *= weight_q[:, None]
-        b_x = load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D, BLOCK_D)
-        b_d_alpha += tl.sum(b_dm * (b_x - b_q), axis=1)
-        b_pi *= 1 - load_scalars(alpha, o_row, m_t, 1.0)
+        store_rows(dm + row * D, b_dm, o_row, m_t, o_d, D, BLOCK_D)
+        b_d_alpha += tl.sum(b_dm * load_rows(x + row * D, o_row, m_t, o_d, D, BLOCK_D), axis=1)
+        if x_scale is not None:  # x = x_query·q + x_scale·x̂
+            b_d_alpha *= load_scalars(x_scale, row + o_row, m_t, 1.0)
+            b_d_alpha += load_scalars(x_query, row + o_row, m_t, 0.0) * b_pi
+        b_d_alpha -= b_pi
+        b_pi *= 1 - load_scalars(alpha, row + o_row, m_t, 1.0)
     else:  # Mix = q
         b_dq = normalise_rows_backward(b_dm, b_q, unit_q, QK_L2NORM, NORM_EPS)
-        store_rows(dq, b_dq, o_row, m_t, o_d, D, BLOCK_D)
+        store_rows(dq + row * D, b_dq, o_row, m_t, o_d, D, BLOCK_D)
     if d_alpha is not None:
-        tl.store(d_alpha + o_row, b_d_alpha.to(d_alpha.dtype.element_ty), mask=m_t)
-    tl.store(pi + o_row, b_pi, mask=m_t)
+        tl.store(d_alpha + row + o_row, b_d_alpha.to(d_alpha.dtype.element_ty), mask=m_t)
+    tl.store(pi + row + o_row, b_pi, mask=m_t)

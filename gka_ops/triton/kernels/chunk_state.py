@@ -4,73 +4,118 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
-    key_weight,
+    effective_log_decay,
     largest_entry,
-    load_log_decay,
-    load_rows,
+    load_raw_rows,
     load_scalars,
-    scale_rows,
-    scale_tile,
+    scale_keys,
     sequence_bounds,
     state_unit,
-    token_rows,
 )
+
+# The state on the way is kept in units of 2^-11 times its stored unit, and so are the right-hand rows that are added
+# to it: with a long memory one chunk's rows are far smaller than the bound of the state, and fp16 has no room below.
+FINE = tl.constexpr(2.0**-11)
+
+
+@triton.jit
+def fine_unit(bound):
+    """(unit, 1/unit) of a state on the way. Bounds at the low end of fp32 count as zero, so that 1/unit is finite."""
+    unit, inverse = state_unit(tl.where(bound < 2.0**-112, 0.0, bound))
+    return unit * FINE, inverse * (1 / FINE)
+
+
+@triton.jit
+def load_chunk(
+    k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    R_PAD: tl.constexpr, C: tl.constexpr, SAME_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What one step reads: which of the C tokens from ``first`` exist, their k and r rows as they are, g (raw) and β.
+
+    Only a chunk's first row is counted in 64 bits.
+    """
+    o_t = tl.arange(0, C)
+    m_t = first + o_t < end
+    row, row_kv = first.to(tl.int64) * H + i_h, first.to(tl.int64) * (H // GROUP) + i_h // GROUP
+    b_k = load_raw_rows(k + row_kv * D, o_t * (H // GROUP), m_t, o_d, D, BLOCK_D)
+    b_r = b_k
+    if not SAME_ROWS:
+        b_r = load_raw_rows(r + row_kv * R, o_t * (H // GROUP), m_t, o_r, R, R_PAD)
+    b_g = load_scalars(log_decay, row + o_t * H, m_t, 0.0)
+    b_beta = load_scalars(beta, row + o_t * H, m_t, 1.0)
+    return m_t, b_k, b_r, b_g, b_beta
 
 
 @triton.jit
 def walk_sequence(
     k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, cu_seqlens, chunk_offsets, T, H, GROUP, i_r,
     i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr,
-    C: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr,
+    UNITS: tl.constexpr, C: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr,
     MIN_LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R."""
+    """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R.
+
+    S is accumulated in the units in which it is stored next. Each step loads what the next one reads.
+    """
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_state = (o_d < D)[:, None] & (o_r < R)[None, :]
     p_state = i_nh.to(tl.int64) * D * R + o_d[:, None] * R + o_r[None, :]
     p_stored = o_d[:, None] * R_PAD + o_r[None, :]
+    o_unit = i_r * UNITS + tl.arange(0, UNITS)
+    SAME_ROWS: tl.constexpr = RIGHT_IS_KEY and BLOCK_R == BLOCK_D
 
     b_state = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-    bound = 0.0
+    bound, unit = 0.0, 0.0
     if initial is not None:
-        b_state += tl.load(initial + p_state, mask=m_state, other=0.0)
         bound = largest_entry(initial + i_nh.to(tl.int64) * D * R, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
+        unit, inverse = fine_unit(bound)
+        b_state += tl.load(initial + p_state, mask=m_state, other=0.0) * inverse
+    m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
+        k, r, log_decay, beta, start, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
+    )
     for i_c in range(n_chunks):
+        m_t, b_k, b_r, b_g, b_beta = m_next, b_k_next, b_r_next, b_g_next, b_beta_next
+        m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
+            k, r, log_decay, beta, start + (i_c + 1) * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C,
+            SAME_ROWS,
+        )  # fmt: skip
         i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        unit, inverse = state_unit(bound)
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * inverse).to(states.dtype.element_ty))
+        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(states.dtype.element_ty))
+        b_unit = tl.full((UNITS,), unit / FINE, tl.float32)
         if RIGHT_IS_KEY:
-            tl.store(units + i_state, unit, mask=i_r == 0)
+            tl.store(units + i_state + o_unit, b_unit, mask=o_unit == 0)
         else:
-            tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit)
+            tl.store(units + i_state * (R_PAD // BLOCK_R * UNITS) + o_unit, b_unit)
 
-        m_t, o_row, o_kv = token_rows(start + i_c * C, end, i_h, H, GROUP, C)
-        b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
+        b_g = effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
         c_end = tl.sum(b_g, axis=0)
-        b_tau = tl.exp(c_end - tl.cumsum(b_g, axis=0))
-        b_beta = load_scalars(beta, o_row, m_t, 1.0)
-        b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-        kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
-        b_r = load_rows(r, o_kv, m_t, o_r, R, R_PAD)
-        if RIGHT_IS_KEY:
-            weight = b_tau * kappa * kappa / unit_k
-        else:
-            weight = b_tau * kappa * b_beta
-        b_r, unit_r = scale_tile(b_r * weight[:, None])
-        if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
-            bound_update = 4 * tl.sum(b_tau * kappa * kappa, axis=0)
-        else:
-            bound_update = 4 * C * unit_r
-        b_update = tl.dot(
-            tl.trans(b_k.to(states.dtype.element_ty)), b_r.to(states.dtype.element_ty), input_precision=PRECISION
-        )
         gamma_end = tl.exp(c_end)
-        b_state = b_state * gamma_end + b_update * unit_r
+        b_tau = tl.exp(c_end - tl.cumsum(b_g, axis=0))
+        b_k, kappa, unit_k = scale_keys(b_k.to(tl.float32), b_beta, QK_L2NORM, NORM_EPS)
+        if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
+            weight = b_tau * kappa * kappa
+            bound_update = 4 * tl.sum(weight, axis=0)
+            if SAME_ROWS:
+                b_r = b_k
+            else:
+                b_r = b_r.to(tl.float32) * (1 / unit_k)[:, None]
+        else:
+            b_r = b_r.to(tl.float32)
+            weight = b_tau * kappa * b_beta
+            bound_update = 2 * tl.sum(weight * tl.max(tl.abs(b_r), axis=1), axis=0)
         bound = bound * gamma_end + bound_update
+        unit_next, inverse = fine_unit(bound)
+        b_state = tl.dot(
+            tl.trans(b_k.to(states.dtype.element_ty)),
+            (b_r * (weight * inverse)[:, None]).to(states.dtype.element_ty),
+            b_state * (gamma_end * unit * inverse),
+            input_precision=PRECISION,
+        )
+        unit = unit_next
     if final is not None:
-        tl.store(final + p_state, b_state, mask=m_state)
+        tl.store(final + p_state, b_state * unit, mask=m_state)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -97,11 +142,12 @@ def chunk_state_kernel(
     D: tl.constexpr,
     V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of H a program holds
+    BLOCK_R: tl.constexpr,  # columns of U a program holds, one or more times BLOCK_V
+    BLOCK_V: tl.constexpr,  # columns of U that have a unit of their own in kv_units
     V_PAD: tl.constexpr,
     KK_BLOCKS: tl.constexpr,  # column blocks of H: BLOCK_D / BLOCK_N, or 0 to leave H out
-    KV_BLOCKS: tl.constexpr,  # column blocks of U: V_PAD / BLOCK_V, or 0 to leave U out
+    KV_BLOCKS: tl.constexpr,  # column blocks of U: V_PAD / BLOCK_R, or 0 to leave U out
     C: tl.constexpr,
     QK_L2NORM: tl.constexpr,
     NORM_EPS: tl.constexpr,
@@ -114,13 +160,13 @@ def chunk_state_kernel(
         if i_col < KK_BLOCKS:
             walk_sequence(
                 k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, cu_seqlens, chunk_offsets, T,
-                H, GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
+                H, GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, 1, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
                 PRECISION,
             )  # fmt: skip
     if KV_BLOCKS > 0:
         if i_col >= KK_BLOCKS:
             walk_sequence(
                 k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T,
-                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_V, V_PAD, C, False, QK_L2NORM, NORM_EPS,
-                MIN_LOG_DECAY, PRECISION,
+                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_R, V_PAD, BLOCK_R // BLOCK_V, C, False,
+                QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, PRECISION,
             )  # fmt: skip
