@@ -28,18 +28,23 @@ class ChunkConfig:
         chunk: C, tokens a chunk.
         block_n: columns of a key-key state (of D) that one program of the state passes holds.
         block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
+        increment_columns: columns of what a chunk adds to the key-key gradient that one program forms.
+        scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
 
     chunk: int
     block_n: int
     block_v: int
+    increment_columns: int
+    scan_entries: int
     precision: str
     state: KernelConfig
     forward: KernelConfig
     backward_readout: KernelConfig
     backward_solve: KernelConfig
     backward_state: KernelConfig
+    backward_scan: KernelConfig
     backward_value: KernelConfig
     backward_key: KernelConfig
 
@@ -77,12 +82,15 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         chunk=32 if large else 64,
         block_n=min(padded_d, 32 if padded_d > 128 else 64),
         block_v=min(padded_v, 32 if large else 64),
+        increment_columns=min(padded_d, 128),
+        scan_entries=2048,
         precision="tf32x3",
         state=KernelConfig(num_warps=4, num_stages=2),
         forward=KernelConfig(num_warps=warps, num_stages=1),
         backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
         backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_scan=KernelConfig(num_warps=4, num_stages=1),
         backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=gradient_warps, num_stages=1),
     )
