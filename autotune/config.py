@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Warps of one program and software-pipelining depth of its loops."""
+    """Warps of one program, software-pipelining depth of its loops, and the most registers a thread may have."""
 
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,14 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         chunk=32 if large else 64,
         block_n=min(padded_d, 32 if padded_d > 128 else 64),
         block_v=min(padded_v, 32 if large else 64),
-        increment_columns=min(padded_d, 128),
+        increment_columns=min(padded_d, 64 if is_fp32 else 128),
         scan_entries=2048,
         precision="tf32x3",
         state=KernelConfig(num_warps=4, num_stages=2),
         forward=KernelConfig(num_warps=warps, num_stages=1),
         backward_readout=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
-        backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_state=KernelConfig(gradient_warps, num_stages=1, maxnreg=None if is_fp32 or padded_d > 128 else 128),
         backward_scan=KernelConfig(num_warps=4, num_stages=1),
         backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=gradient_warps, num_stages=1),

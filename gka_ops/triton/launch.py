@@ -300,8 +300,8 @@ def state_gradients(
         BLOCK_N=config.increment_columns, THROUGH_H=p.solve, THROUGH_U=want_kv, OPERAND=_TRITON_DTYPES[p.operand],
         **p.tables, **p.geometry, **p.values, **p.numerics, **config.backward_state.launch_options(),
     )  # fmt: skip
-    kk_rows = max(1, min(p.block_d, config.scan_entries // p.block_d))
-    kv_rows = max(1, min(p.block_d, config.scan_entries // config.block_v))
+    kk_rows = min(p.block_d, config.scan_entries // p.block_d)
+    kv_rows = min(p.block_d, config.scan_entries // config.block_v)
     kk_pieces = p.block_d // kk_rows if want_kk else 0
     kv_pieces = v_blocks * (p.block_d // kv_rows) if want_kv else 0
     chunk_backward_scan_kernel[(kk_pieces + kv_pieces, p.N * p.H)](
@@ -365,7 +365,8 @@ def token_gradients(
     if through_h:
         chunk_backward_key_kernel[p.chunk_grid](
             y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
-            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, **part, **shared, **p.config.backward_key.launch_options(),
+            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, **part, **shared,
+            **p.config.backward_key.launch_options(),
         )  # fmt: skip
     return _TokenGradients(dk, dv, **finished)
 

@@ -46,7 +46,7 @@ def chunk_backward_solve_kernel(
     kk_units,  # [chunks, H] fp32
     dq,  # out [tokens, H, D]
     y,  # out [tokens, H, D] row-scaled, operand dtype or fp32
-    y_scale,  # out [tokens, H] fp32
+    y_scale,  # out [tokens, H] fp32; 0 for a zero row, which no bound of stage B then counts
     d_ridge_scale,  # out [tokens, H] fp32 or None
     d_ridge_offset,  # out [tokens, H] fp32 or None
     w_local,  # out [tokens, H] fp32: Σ_{s>=t in chunk} Γ_st² μ_s, μ_t = r_t dλ_t / F_t
@@ -112,7 +112,7 @@ def chunk_backward_solve_kernel(
 
     b_scaled, unit_y = scale_rows(b_y)
     store_rows(y, b_scaled, o_row, m_t, o_d, D, BLOCK_D)
-    tl.store(y_scale + o_row, unit_y, mask=m_t)
+    tl.store(y_scale + o_row, tl.where(tl.max(tl.abs(b_y), axis=1) == 0, 0.0, unit_y), mask=m_t)
     b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
     b_q *= weight_q[:, None]
     b_x = load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D, BLOCK_D)

@@ -80,28 +80,35 @@ def chunk_backward_state_kernel(
     o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BLOCK_D), i_col * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
-    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
-    gamma = tl.exp(b_c)
-    tl.store(decay + i_state + 0 * o_c, gamma, mask=(o_c == C - 1) & (i_col == 0))
-
+    # Rows of x and Mix are of_q·q̂ + of_x·x̂ with scaled rows q̂, x̂, whose entries are below 2. The loads come first, so
+    # that none waits for another; y, which nothing but the products needs, comes where registers are free again.
     if THROUGH_H:
-        b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-        kappa = key_weight(b_k, unit_k, load_scalars(beta, o_row, m_t, 1.0), QK_L2NORM, NORM_EPS)
-        b_k = b_k.to(OPERAND)
-    # Rows of x and Mix are of_q·q̂ + of_x·x̂ with scaled rows q̂, x̂, whose entries are below 2.
-    if THROUGH_U or x_scale is not None:
-        b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-        b_q = b_q.to(OPERAND)
+        b_k = load_rows(k, o_kv, m_t, o_d, D, BLOCK_D)
+        b_w = load_scalars(w_local, o_row, m_t, 0.0)
+        b_beta = load_scalars(beta, o_row, m_t, 1.0)
+        b_y_scale = load_scalars(y_scale, o_row, m_t, 0.0)
     if x is not None:
         b_x = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
         if x_scale is not None:
             of_x = load_scalars(x_scale, o_row, m_t, 0.0)
-            of_q = load_scalars(x_query, o_row, m_t, 0.0) * weight_q
+            of_q = load_scalars(x_query, o_row, m_t, 0.0)
+    if THROUGH_H:
+        b_k, unit_k = scale_rows(b_k)
+        kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+        b_k = b_k.to(OPERAND)
+    if THROUGH_U or x_scale is not None:
+        b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    if x is not None:
+        if x_scale is not None:
+            of_q *= weight_q
         else:
             b_x, of_x = scale_rows(b_x)
             of_q = 0 * of_x
-        b_x = b_x.to(OPERAND)
 
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    gamma = tl.exp(b_c)
+    p_one = i_state + 0 * o_c  # one token stores the chunk's scalar: no reduction
+    tl.store(decay + p_one, gamma, mask=(o_c == C - 1) & (i_col == 0))
     if THROUGH_U:
         mix_q, bound_m = weight_q, weight_q
         if x is not None:  # Mix = q + α (x − q)
@@ -110,25 +117,24 @@ def chunk_backward_state_kernel(
             mix_x = b_alpha * of_x
             bound_m = tl.abs(mix_q) + mix_x
         unit_m = pow2_floor(2 * bound_m)
-        b_mix = b_q.to(tl.float32) * (mix_q / unit_m)[:, None]
+        b_mix = b_q * (mix_q / unit_m)[:, None]
         if x is not None:
-            b_mix += b_x.to(tl.float32) * (mix_x / unit_m)[:, None]
+            b_mix += b_x * (mix_x / unit_m)[:, None]
         b_mix = b_mix.to(OPERAND)
     if THROUGH_H:
-        b_w = load_scalars(w_local, o_row, m_t, 0.0)
-        tl.store(w_first + i_state + 0 * o_c, gamma * gamma * b_w, mask=(o_c == 0) & (i_col == 0))
+        tl.store(w_first + p_one, gamma * gamma * b_w, mask=(o_c == 0) & (i_col == 0))
         weight_k = gamma * b_w * kappa * kappa
-        weight_x = -0.5 * gamma * load_scalars(y_scale, o_row, m_t, 0.0)
+        weight_x = -0.5 * gamma * b_y_scale
         bound = 4 * tl.abs(weight_k) + 8 * tl.abs(weight_x) * (tl.abs(of_q) + of_x)
         unit, inverse = state_unit(tl.sum(bound, axis=0))
         tl.store(dkk_units + i_state, unit, mask=i_col == 0)
         weight_k *= inverse
         weight_x *= inverse
-        b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D).to(OPERAND)
-        b_wx = b_x.to(tl.float32) * (of_x * weight_x)[:, None]
+        b_wx = b_x * (of_x * weight_x)[:, None]
         if x_scale is not None:
-            b_wx += b_q.to(tl.float32) * (of_q * weight_x)[:, None]
+            b_wx += b_q * (of_q * weight_x)[:, None]
         b_wx = b_wx.to(OPERAND)
+        b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D).to(OPERAND)
         if BLOCK_N == BLOCK_D:
             b_wkn = b_k.to(tl.float32) * weight_k[:, None]
             b_yn, b_wxn = b_y, b_wx
@@ -155,7 +161,7 @@ def chunk_backward_state_kernel(
             unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do), axis=1), axis=0))
             tl.store(dkv_units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
             b_do = (b_do * (weight * inverse)[:, None]).to(OPERAND)
-            b_xi = tl.dot(tl.trans(b_mix), b_do, input_precision=PRECISION)
+            b_xi = tl.trans(tl.dot(tl.trans(b_do), b_mix, input_precision=PRECISION))
             tl.store(dkv + i_state * BLOCK_D * V_PAD + o_d[:, None] * V_PAD + o_v[None, :], b_xi.to(OPERAND))
 
 
@@ -167,8 +173,8 @@ def scan_sequence(
 ):  # fmt: skip
     """Rows ``i_row`` of column block ``i_r`` of the gradient S [BLOCK_D, R_PAD]: S⁻ = γ_C S⁺ + ΔS.
 
-    ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), and w_0 H_c where ``h``
-    is given. S⁺ takes its place. The next chunk's loads are on their way while this one is worked on.
+    ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where ``h``
+    is given. S⁺ takes its place.
     """
     i_n, i_h = i_nh // H, i_nh % H
     _, _, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
@@ -188,33 +194,18 @@ def scan_sequence(
         bound = largest_entry(d_final + p_nh, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
 
     i_state = (first_chunk + n_chunks - 1).to(tl.int64) * H + i_h
-    more = n_chunks > 0
-    gamma_next = tl.load(decay + i_state, mask=more, other=0.0)
-    if increment_units is not None:
-        unit_next = tl.load(increment_units + i_state * (R_PAD // BLOCK_R) + i_r, mask=more, other=0.0)
-        b_next = tl.load(states + i_state * BLOCK_D * R_PAD + p_stored, mask=more, other=0.0)
-    if h is not None:
-        w_next = tl.load(w_first + i_state, mask=more, other=0.0)
-        unit_h_next = tl.load(h_units + i_state, mask=more, other=0.0)
-        b_h_next = tl.load(h + i_state * BLOCK_D * R_PAD + p_stored, mask=more, other=0.0)
-    for i in range(n_chunks):
-        i_before = i_state - H
-        more = i + 1 < n_chunks
-        gamma_end = gamma_next
-        gamma_next = tl.load(decay + i_before, mask=more, other=0.0)
+    for _ in range(n_chunks):
+        gamma_end = tl.load(decay + i_state)
+        p_chunk = states + i_state * BLOCK_D * R_PAD + p_stored
+        i_unit = i_state * (R_PAD // BLOCK_R) + i_r
         if increment_units is not None:
-            unit_delta, b_delta = unit_next, b_next
-            unit_next = tl.load(increment_units + i_before * (R_PAD // BLOCK_R) + i_r, mask=more, other=0.0)
-            b_next = tl.load(states + i_before * BLOCK_D * R_PAD + p_stored, mask=more, other=0.0)
+            b_delta, unit_delta = tl.load(p_chunk), tl.load(increment_units + i_unit)
         if h is not None:
-            weight_h, b_h = w_next * unit_h_next, b_h_next
-            w_next = tl.load(w_first + i_before, mask=more, other=0.0)
-            unit_h_next = tl.load(h_units + i_before, mask=more, other=0.0)
-            b_h_next = tl.load(h + i_before * BLOCK_D * R_PAD + p_stored, mask=more, other=0.0)
-
+            b_h = tl.load(h + i_state * BLOCK_D * R_PAD + p_stored)
+            weight_h = tl.load(w_first + i_state) * tl.load(h_units + i_state)
         unit, inverse = state_unit(bound)
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_s * inverse).to(states.dtype.element_ty))
-        tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit, mask=i_row == 0)
+        tl.store(p_chunk, (b_s * inverse).to(states.dtype.element_ty))
+        tl.store(units + i_unit, unit, mask=i_row == 0)
         b_s *= gamma_end
         bound *= gamma_end
         if increment_units is not None:  # stored entries are at most 8
@@ -223,14 +214,14 @@ def scan_sequence(
         if h is not None:
             b_s += b_h.to(tl.float32) * weight_h
             bound += 8 * tl.abs(weight_h)
-        i_state = i_before
+        i_state -= H
     if d_initial is not None:
         tl.store(d_initial + p_state, b_s, mask=m_state)
 
 
 @triton.jit(do_not_specialize=["T"])
 def chunk_backward_scan_kernel(
-    dkk,  # in ΔΩ − w_0 H_c, out Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]; read if THROUGH_H, written if KK_PIECES
+    dkk,  # in ΔΩ − w_0 H_c, out Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]; written if KK_PIECES
     dkk_units,  # out [chunks, H] fp32
     dkv,  # in ΔΞ, out Ξ⁺ [chunks, H, BLOCK_D, V_PAD]; written if KV_PIECES
     dkv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
