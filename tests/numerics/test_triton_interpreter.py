@@ -131,14 +131,13 @@ def test_small_gradients_of_a_few_tokens() -> None:
         assert norm_error(gradient, reference) <= contract.SIXTEEN_BIT.gradient, name
 
 
-@pytest.mark.parametrize("magnitude", [1e-36, 1e-37, 1e-38])
-def test_gradients_of_states_fade_into_zero(magnitude: float) -> None:
-    """A final state's gradient near the least fp32 number, and less in every chunk before."""
+def test_gradients_of_states_fade_into_zero() -> None:
+    """A final state's gradient near the least normal fp32 number, and less in every chunk before."""
     problem = make_problem(**{**SMALL, "T": 200, "dtype": torch.float16, "state": True}).requiring_grad()
     outputs = run_gka(problem, num_iter=30, impl="triton")
     inputs = (problem.q, problem.k, problem.v, problem.log_decay, problem.beta, problem.initial_kk, problem.initial_kv)
     finals = [outputs["final_kk"], outputs["final_kv"]]
-    for gradient in torch.autograd.grad(finals, inputs, [torch.full_like(final, magnitude) for final in finals]):
+    for gradient in torch.autograd.grad(finals, inputs, [torch.full_like(final, 2.0**-125.5) for final in finals]):
         assert gradient.abs().max() <= 1e-30
 
 
