@@ -113,7 +113,10 @@ def chunk_backward_value_kernel(
     b_vdo = tl.zeros((C, C), tl.float32)
     for i_v in range(V_PAD // BLOCK_V):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        b_do, unit_do = scale_rows(load_rows(d_output, o_row, m_t, o_v, V, V_PAD))
+        b_do = load_rows(d_output, o_row, m_t, o_v, V, V_PAD)
+        without = tl.max(tl.abs(b_do), axis=1) == 0
+        b_do, unit_do = scale_rows(b_do)
+        unit_do = tl.where(without, 0.0, unit_do)  # rows without a gradient must not set the unit of P's rows
         b_do = b_do.to(OPERAND)
         b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
         b_v16 = b_v.to(OPERAND)
