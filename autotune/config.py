@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Warps of one program, software-pipelining depth of its loops, and registers a thread may take (0: any number)."""
+    """Warps of one program, software-pipelining depth of its loops, and the most registers a thread may have."""
 
     num_warps: int
     num_stages: int
-    max_registers: int = 0
+    max_registers: int | None = None
 
     def launch_options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ChunkConfig:
         block_n: columns of a key-key state (of D) that one program of the reverse state pass holds.
         block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
         block_state: columns of a state that one program of the forward state pass holds, at most.
+        increment_columns: columns of what a chunk adds to the key-key gradient that one program forms.
+        scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
     """
 
@@ -38,6 +40,8 @@ class ChunkConfig:
     block_n: int
     block_v: int
     block_state: int
+    increment_columns: int
+    scan_entries: int
     precision: str
     state: KernelConfig
     solve: KernelConfig
@@ -45,6 +49,7 @@ class ChunkConfig:
     backward_readout: KernelConfig
     backward_solve: KernelConfig
     backward_state: KernelConfig
+    backward_scan: KernelConfig
     backward_value: KernelConfig
     backward_key: KernelConfig
 
@@ -83,6 +88,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         block_n=min(padded_d, 32 if padded_d > 128 else 64),
         block_v=min(padded_v, 32 if large else 64),
         block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,
+        increment_columns=min(padded_d, 64 if is_fp32 else 128),
+        scan_entries=2048,
         precision="tf32x3",
         state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
         solve=KernelConfig(num_warps=warps, num_stages=1),
@@ -90,10 +97,13 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         backward_readout=KernelConfig(
             num_warps=gradient_warps,
             num_stages=1,
-            max_registers=128 if gradient_warps == 8 and not is_fp32 else 0,  # two programs a multiprocessor
+            max_registers=128 if gradient_warps == 8 and not is_fp32 else None,  # two programs a multiprocessor
         ),
         backward_solve=KernelConfig(num_warps=warps, num_stages=1),
-        backward_state=KernelConfig(num_warps=gradient_warps, num_stages=1),
+        backward_state=KernelConfig(
+            num_warps=gradient_warps, num_stages=1, max_registers=None if is_fp32 or padded_d > 128 else 128
+        ),
+        backward_scan=KernelConfig(num_warps=4, num_stages=1),
         backward_value=KernelConfig(num_warps=gradient_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=gradient_warps, num_stages=1),
     )

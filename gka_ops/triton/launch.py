@@ -19,7 +19,7 @@ from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
-from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_state_kk_kernel, chunk_backward_state_kv_kernel
+from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kernel, chunk_backward_state_kernel
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
 from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
@@ -259,7 +259,6 @@ class _Adjoint(NamedTuple):
     d_ridge_offset: Tensor | None
     y: Tensor | None
     y_scale: Tensor | None
-    mu: Tensor | None
     w_local: Tensor | None
     pi: Tensor
 
@@ -278,7 +277,6 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
         d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
         y=p.new(p.B, p.T, p.H, p.D, dtype=y_dtype) if p.solve else None,
         y_scale=p.per_token(p.solve),
-        mu=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
         pi=p.new(p.B, p.T, p.H),
     )
@@ -299,8 +297,8 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
         chunk_backward_solve_kernel[p.chunk_grid](
             dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x,
             fro=solved.fro, kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
-            d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, mu=result.mu,
-            w_local=result.w_local, pi=result.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+            d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, w_local=result.w_local,
+            pi=result.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
             **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
         )  # fmt: skip
     return result
@@ -317,43 +315,55 @@ def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
 
 
 class _StateGradients(NamedTuple):
-    """Stage B's results: R⁺ (with w⁺) and Ξ⁺ of every chunk, and the gradients of the initial states."""
+    """Stage B's results: Ω⁺ and Ξ⁺ of every chunk, and the gradients of the initial states."""
 
     kk: _States
-    w_next: Tensor | None
     kv: _States
 
 
 def state_gradients(
-    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, d_final_kk: Tensor | None,
+    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, d_final_kk: Tensor | None,
     d_final_kv: Tensor | None,
 ) -> _StateGradients:  # fmt: skip
-    """Stage B."""
-    options = p.config.backward_state.launch_options()
-    kk, w_next, kv = _NO_STATES, None, _NO_STATES
-    if p.solve or d_final_kk is not None:
+    """Stage B: what each chunk adds by itself (B1), then the scan over chunks, in place (B2)."""
+    want_kk, want_kv = p.solve or d_final_kk is not None, p.v is not None
+    if not want_kk and not want_kv:
+        return _StateGradients(_NO_STATES, _NO_STATES)
+    config = p.config
+    v_blocks = p.v_pad // config.block_v
+    dkk = dkv = _NO_STATES
+    increment_kk_units = increment_kv_units = None
+    if want_kk:
         states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
-        units = p.new(p.chunks, p.H)
-        w_next = p.new(p.chunks, p.H)
         d_initial = None if p.initial_kk is None else torch.empty_like(p.initial_kk)
-        chunk_backward_state_kk_kernel[(p.block_d // p.config.block_n, p.N * p.H)](
-            q=p.q, k=p.k, **solved.stored_x(), y=adjoint.y, y_scale=adjoint.y_scale,
-            mu=adjoint.mu, w_local=adjoint.w_local, **p.gate, beta=p.beta, initial=p.initial_kk, d_final=d_final_kk,
-            states=states, units=units, w_next=w_next, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
-            GROUP=p.group, BLOCK_N=p.config.block_n, **p.geometry, **p.numerics, **options,
-        )  # fmt: skip
-        kk = _States(states, units, d_initial)
-    if p.v is not None:
+        dkk = _States(states, p.new(p.chunks, p.H), d_initial)
+        increment_kk_units = p.new(p.chunks, p.H) if p.solve else None
+    if want_kv:
         states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
-        units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
         d_initial = None if p.initial_kv is None else torch.empty_like(p.initial_kv)
-        chunk_backward_state_kv_kernel[(p.v_pad // p.config.block_v, p.N * p.H)](
-            q=p.q, **solved.stored_x(), d_output=d_output, **p.gate, alpha=p.alpha,
-            d_final=d_final_kv, states=states, units=units, d_initial=d_initial, chunk_offsets=p.chunk_offsets,
-            scale=p.scale, V=p.V, BLOCK_V=p.config.block_v, V_PAD=p.v_pad, **p.geometry, **p.numerics, **options,
-        )  # fmt: skip
-        kv = _States(states, units, d_initial)
-    return _StateGradients(kk, w_next, kv)
+        dkv = _States(states, p.new(p.chunks, p.H, v_blocks), d_initial)
+        increment_kv_units = p.new(p.chunks, p.H, v_blocks)
+    decay, w_first = p.new(p.chunks, p.H), p.new(p.chunks, p.H) if p.solve else None
+    chunk_backward_state_kernel[(*p.chunk_grid, p.block_d // config.increment_columns)](
+        d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=adjoint.y, y_scale=adjoint.y_scale,
+        w_local=adjoint.w_local, **p.gate, alpha=p.alpha, beta=p.beta, dkk=dkk.states, dkk_units=increment_kk_units,
+        dkv=dkv.states, dkv_units=increment_kv_units, decay=decay, w_first=w_first, scale=p.scale, GROUP=p.group,
+        BLOCK_N=config.increment_columns, THROUGH_H=p.solve, THROUGH_U=want_kv, OPERAND=_TRITON_DTYPES[p.operand],
+        **p.tables, **p.geometry, **p.values, **p.numerics, **config.backward_state.launch_options(),
+    )  # fmt: skip
+    kk_rows = min(p.block_d, config.scan_entries // p.block_d)
+    kv_rows = min(p.block_d, config.scan_entries // config.block_v)
+    kk_pieces = p.block_d // kk_rows if want_kk else 0
+    kv_pieces = v_blocks * (p.block_d // kv_rows) if want_kv else 0
+    chunk_backward_scan_kernel[(kk_pieces + kv_pieces, p.N * p.H)](
+        dkk=dkk.states, dkk_units=dkk.units, dkv=dkv.states, dkv_units=dkv.units,
+        increment_kk_units=increment_kk_units, increment_kv_units=increment_kv_units, decay=decay, w_first=w_first,
+        kk=kk.states if p.solve else None, kk_units=kk.units, d_final_kk=d_final_kk, d_final_kv=d_final_kv,
+        d_initial_kk=dkk.final, d_initial_kv=dkv.final, chunk_offsets=p.chunk_offsets, KK_ROWS=kk_rows,
+        KV_ROWS=kv_rows, KK_PIECES=kk_pieces, KV_PIECES=kv_pieces, **p.geometry, **p.values,
+        **config.backward_scan.launch_options(),
+    )  # fmt: skip
+    return _StateGradients(dkk, dkv)
 
 
 class _TokenGradients(NamedTuple):
@@ -405,9 +415,9 @@ def token_gradients(
         )  # fmt: skip
     if through_h:
         chunk_backward_key_kernel[p.chunk_grid](
-            fro=solved.fro, y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states,
-            kk_units=kk.units, dkk=incoming.kk.states, dkk_units=incoming.kk.units, w_next=incoming.w_next,
-            BLOCK_N=p.config.block_n, **part, **shared, **p.config.backward_key.launch_options(),
+            y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
+            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, **part, **shared,
+            **p.config.backward_key.launch_options(),
         )  # fmt: skip
     return _TokenGradients(dk, dv, **finished)
 
@@ -463,7 +473,7 @@ def _backward(
         elif solved.x is None or solved.x.numel() == 0:
             solved = solve(p, kk, p.operand)
         adjoint = adjoint_solve(p, grad, solved, kk, kv)
-        incoming = state_gradients(p, d_output, solved, adjoint, d_final_kk, d_final_kv)
+        incoming = state_gradients(p, d_output, solved, adjoint, kk, d_final_kk, d_final_kv)
         tokens = token_gradients(p, d_output, solved, adjoint, kk, kv, incoming)
 
     def over_groups(per_query_head: Tensor | None, like: Tensor | None) -> Tensor:

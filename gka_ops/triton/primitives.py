@@ -312,14 +312,17 @@ def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------- the system
 @triton.jit
 def state_unit(bound):
-    """(unit, 1/unit) of a stored state of entries up to ``bound``: scaled, they stay below 8. (0, 0) if it is zero.
+    """(unit, 1/unit) of a stored state of entries up to ``bound``: scaled, they stay below 8.
+
+    (0, 0) if it is zero, or has faded so far that 1/unit would not be finite.
 
     The bound is carried along with the state, from the units of what enters it, so that every column block of a
     state has the same unit without talking to the others. It may be too large by some powers of two: fp16 has room
     for that below.
     """
     unit = pow2_floor(bound) * 0.25
-    return tl.where(bound == 0, 0.0, unit), tl.where(bound == 0, 0.0, 1 / unit)
+    vanishing = bound < 2.0**-124
+    return tl.where(vanishing, 0.0, unit), tl.where(vanishing, 0.0, 1 / unit)
 
 
 @triton.jit

@@ -157,6 +157,43 @@ def test_a_state_far_larger_or_smaller_than_the_updates(magnitude: float) -> Non
     contract.check(contract.measure(run_gka, problem, 30, "triton"), contract.SIXTEEN_BIT, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gradients_of_states_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage B by column blocks of Ω and Ξ and by small pieces, as for large heads."""
+    from gka_ops.triton import launch
+
+    chosen = launch.chunk_config
+    pieces = {"increment_columns": 16, "block_v": 16, "scan_entries": 64}
+    monkeypatch.setattr(launch, "chunk_config", lambda *key: dataclasses.replace(chosen(*key), **pieces))
+    problem = make_problem(**{**SMALL, "D": 32, "V": 40, "T": 130, "state": True, "dtype": dtype})
+    contract.check(contract.measure(run_gka, problem, 30, "triton"), contract.bars_for(dtype), dtype)
+
+
+def test_small_gradients_of_a_few_tokens() -> None:
+    """A loss masked for most tokens and averaged over many: rows without a gradient must not set anyone's unit."""
+    problem = make_problem(**{**SMALL, "T": 140, "dtype": torch.float16}).requiring_grad()
+    exact = problem.double().requiring_grad()
+    output = run_gka(problem, num_iter=30, impl="triton")["output"]
+    expected = run_gka(exact, num_iter=contract.oracle_iterations(30), impl="reference")["output"]
+    upstream = 1e-6 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
+    upstream[:, :100] = 0
+    names = ("log_decay", "alpha", "beta")  # in fp32: their gradients do not underflow
+    actual = torch.autograd.grad(output, [getattr(problem, name) for name in names], upstream)
+    wanted = torch.autograd.grad(expected, [getattr(exact, name) for name in names], upstream.double())
+    for name, gradient, reference in zip(names, actual, wanted, strict=True):
+        assert norm_error(gradient, reference) <= contract.SIXTEEN_BIT.gradient, name
+
+
+def test_gradients_of_states_fade_into_zero() -> None:
+    """A final state's gradient near the least normal fp32 number, and less in every chunk before."""
+    problem = make_problem(**{**SMALL, "T": 200, "dtype": torch.float16, "state": True}).requiring_grad()
+    outputs = run_gka(problem, num_iter=30, impl="triton")
+    inputs = (problem.q, problem.k, problem.v, problem.log_decay, problem.beta, problem.initial_kk, problem.initial_kv)
+    finals = [outputs["final_kk"], outputs["final_kv"]]
+    for gradient in torch.autograd.grad(finals, inputs, [torch.full_like(final, 2.0**-125.5) for final in finals]):
+        assert gradient.abs().max() <= 1e-30
+
+
 @pytest.mark.parametrize(
     "options", [{"state": True, "gate": True}, {"seq_lengths": (5, 0, 65), "ridge": "token"}], ids=str
 )

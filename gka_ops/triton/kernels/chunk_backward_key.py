@@ -37,15 +37,13 @@ def chunk_backward_key_kernel(
     x,  # [tokens, H, D]; read if SOLVE
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    fro,  # [tokens, H] fp32; read if SOLVE
     y,  # [tokens, H, D] row-scaled, operand dtype or fp32; read if SOLVE
     y_scale,  # [tokens, H] fp32; read if SOLVE
     w_local,  # [tokens, H] fp32; read if SOLVE
     kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]
     kk_units,  # [chunks, H] fp32
-    dkk,  # R⁺ [chunks, H, BLOCK_D, BLOCK_D]
+    dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    w_next,  # [chunks, H] fp32; read if SOLVE
     dk_u,  # [tokens, H, D] fp32: the part of the effective key's gradient through U, or None
     v_dv_u,  # [tokens, H] fp32: v·dv, with dk_u
     j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
@@ -74,7 +72,7 @@ def chunk_backward_key_kernel(
 ):
     """One program does one chunk of one query head. Through H, with effective keys:
 
-    dK = 2τ K R⁺ + 2wγ K H_c + 2 (W∘K Kᵀ) K − (Mᵀ∘K Xᵀ) Y − (Mᵀ∘K Yᵀ) X
+    dK = 2τ K Ω⁺ + 2wγ K H_c + 2 (W∘K Kᵀ) K − (Mᵀ∘K Xᵀ) Y − (Mᵀ∘K Yᵀ) X
     """
     i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
@@ -100,12 +98,9 @@ def chunk_backward_key_kernel(
     weight_r = 2 * tau * unit_r
     weight_h = gamma * 0.0
     k_dk = tl.zeros((C,), tl.float32)  # k̂·dk, over κ, from fp32 scores: x is too large off the keys to round it first
-    j_next = 0.0  # J⁺ = <R⁺ + w⁺ H_end, H_end> + <Ξ⁺, U_end>
+    j_next = 0.0  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
     if SOLVE:
-        b_w_next = tl.load(w_next + i_state)
-        f_end = tl.load(fro + (tl.minimum(start + C, end) - 1).to(tl.int64) * H + i_h)
-        j_next += b_w_next * f_end * f_end
-        b_w = load_scalars(w_local, o_row, m_t, 0.0) + tau * tau * b_w_next
+        b_w = load_scalars(w_local, o_row, m_t, 0.0)
         weight_h = 2 * b_w * gamma * unit_h
 
         b_weight = decay_matrix(b_c, C) * b_w[:, None] + b_mt * b_w[None, :]

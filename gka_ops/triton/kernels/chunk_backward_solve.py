@@ -47,11 +47,10 @@ def chunk_backward_solve_kernel(
     kk_units,  # [chunks, H] fp32
     dq,  # out [tokens, H, D]
     y,  # out [tokens, H, D] row-scaled, operand dtype or fp32
-    y_scale,  # out [tokens, H] fp32
+    y_scale,  # out [tokens, H] fp32; 0 for a zero row, which no bound of stage B then counts
     d_ridge_scale,  # out [tokens, H] fp32 or None
     d_ridge_offset,  # out [tokens, H] fp32 or None
-    mu,  # out [tokens, H] fp32: μ_t = r_t dλ_t / F_t
-    w_local,  # out [tokens, H] fp32: Σ_{s>=t in chunk} Γ_st² μ_s
+    w_local,  # out [tokens, H] fp32: Σ_{s>=t in chunk} Γ_st² μ_s, μ_t = r_t dλ_t / F_t
     pi,  # in ((1 − α) q·dm; read if THROUGH_READOUT) and out [tokens, H] fp32: <G_t, H_t> + <E_t, U_t>
     cu_seqlens,
     chunk_offsets,
@@ -148,7 +147,6 @@ def chunk_backward_solve_kernel(
 
     vanishing = b_fro <= FRO_MIN
     b_mu = tl.where(vanishing, 0.0, b_ridge * b_d_lambda / tl.where(vanishing, 1.0, b_fro))
-    tl.store(mu + o_row, b_mu, mask=m_t)
     b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
     tl.store(w_local + o_row, decayed_squares_from(b_c, tl.where(m_t, b_mu, 0.0), C), mask=m_t)
     if d_ridge_scale is not None:

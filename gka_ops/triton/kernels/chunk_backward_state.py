@@ -1,18 +1,22 @@
-"""Backward, stage B: reverse state pass, R⁺ or Ξ⁺ at the end of every chunk (MATH.md §4.2, H-free version)."""
+"""Backward, stage B: gradients of the states at the end of every chunk, Ω⁺ and Ξ⁺ (MATH.md §4.2).
+
+First what each chunk adds by itself, all chunks side by side; then one scan over them, in place.
+"""
 
 import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    chunk_and_head,
+    chunk_bounds,
     key_weight,
     largest_entry,
     load_log_decay,
     load_query,
     load_rows,
     load_scalars,
-    load_solution,
+    pow2_floor,
     scale_rows,
-    scale_tile,
     sequence_bounds,
     state_unit,
     token_rows,
@@ -20,137 +24,219 @@ from gka_ops.triton.primitives import (
 
 
 @triton.jit(do_not_specialize=["T"])
-def chunk_backward_state_kk_kernel(
-    q,  # [tokens, H, D]; read with x_scale
-    k,  # [tokens, Hkv, D]
-    x,  # [tokens, H, D], or None: no solve, the gradient of H comes from its final value alone
+def chunk_backward_state_kernel(
+    d_output,  # [tokens, H, V]; read if THROUGH_U
+    q,  # [tokens, H, D]; read if THROUGH_U, and with x_scale
+    k,  # [tokens, Hkv, D]; read if THROUGH_H
+    x,  # [tokens, H, D], or None: m = q
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    y,  # [tokens, H, D] row-scaled
-    y_scale,  # [tokens, H] fp32
-    mu,  # [tokens, H] fp32
-    w_local,  # [tokens, H] fp32
-    log_decay,
-    A_log,
-    dt_bias,
-    beta,
-    initial,  # H_0 [N, H, D, D] fp32 or None; read with d_initial
-    d_final,  # [N, H, D, D] fp32 or None
-    states,  # out R⁺ [chunks, H, BLOCK_D, BLOCK_D] operand dtype
-    units,  # out [chunks, H] fp32
-    w_next,  # out [chunks, H] fp32: w⁺, so that Ω⁺ = R⁺ + w⁺ H_end
-    d_initial,  # out [N, H, D, D] fp32 or None
+    y,  # [tokens, H, D] row-scaled; read if THROUGH_H
+    y_scale,  # [tokens, H] fp32; read if THROUGH_H
+    w_local,  # [tokens, H] fp32; read if THROUGH_H
+    log_decay,  # [tokens, H] or None
+    A_log,  # [H] or None
+    dt_bias,  # [H] or None
+    alpha,  # [tokens, H] or None
+    beta,  # [tokens, H] or None
+    dkk,  # out ΔΩ − w_0 H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype; written if THROUGH_H
+    dkk_units,  # out [chunks, H] fp32
+    dkv,  # out ΔΞ [chunks, H, BLOCK_D, V_PAD] operand dtype; written if THROUGH_U
+    dkv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
+    decay,  # out [chunks, H] fp32: γ_C
+    w_first,  # out [chunks, H] fp32: w_0; written if THROUGH_H
     cu_seqlens,
     chunk_offsets,
+    chunk_sequence,
+    scale,
     T,
     H,
     GROUP,
     D: tl.constexpr,
+    V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    V_PAD: tl.constexpr,
     C: tl.constexpr,
+    THROUGH_H: tl.constexpr,
+    THROUGH_U: tl.constexpr,
     QK_L2NORM: tl.constexpr,
     NORM_EPS: tl.constexpr,
     MIN_LOG_DECAY: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks one sequence and query head backwards, holding one column block of R.
+    """One program does one chunk of one query head, BLOCK_N columns of the first and its share of the second:
 
-    R⁻ = γ_C R⁺ + Kᵀ diag(γ w) K − sym(Xᵀ diag(γ) Y),   w⁻ = Σ γ_s² μ_s + γ_C² w⁺
+    ΔΩ = w_0 H_c + Kᵀ diag(γ w) K − sym(Xᵀ diag(γ) Y),   ΔΞ = s Mixᵀ diag(γ) dO
     """
-    i_col, i_nh = tl.program_id(0), tl.program_id(1)
-    i_n, i_h = i_nh // H, i_nh % H
-    start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
-    o_d, o_col = tl.arange(0, BLOCK_D), i_col * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_state = (o_d < D)[:, None] & (o_col < D)[None, :]
-    p_nh = i_nh.to(tl.int64) * D * D
-    p_state = p_nh + o_d[:, None] * D + o_col[None, :]
-    p_stored = o_d[:, None] * BLOCK_D + o_col[None, :]
+    i_c, i_h = chunk_and_head(H)
+    i_col = tl.program_id(1)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    if i_n < 0:
+        return
+    i_state = i_c.to(tl.int64) * H + i_h
+    o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BLOCK_D), i_col * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
 
-    b_r = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    b_w_next = 0.0
-    bound = 0.0
-    if d_final is not None:  # sym(dH_T)
-        p_transposed = p_nh + o_col[None, :] * D + o_d[:, None]
-        b_r += 0.5 * tl.load(d_final + p_state, mask=m_state, other=0.0)
-        b_r += 0.5 * tl.load(d_final + p_transposed, mask=m_state, other=0.0)
-        bound = largest_entry(d_final + p_nh, D, o_d, D, BLOCK_D, BLOCK_N, BLOCK_D // BLOCK_N)
-    for i in range(n_chunks):
-        i_c = n_chunks - 1 - i
-        i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        unit, inverse = state_unit(bound)
-        tl.store(states + i_state * BLOCK_D * BLOCK_D + p_stored, (b_r * inverse).to(states.dtype.element_ty))
-        tl.store(units + i_state, unit, mask=i_col == 0)
-        tl.store(w_next + i_state, b_w_next, mask=i_col == 0)
+    # Rows of x and Mix are of_q·q̂ + of_x·x̂ with scaled rows q̂, x̂, whose entries are below 2. The loads come first, so
+    # that none waits for another; y, which nothing but the products needs, comes where registers are free again.
+    if THROUGH_H:
+        b_k = load_rows(k, o_kv, m_t, o_d, D, BLOCK_D)
+        b_w = load_scalars(w_local, o_row, m_t, 0.0)
+        b_beta = load_scalars(beta, o_row, m_t, 1.0)
+        b_y_scale = load_scalars(y_scale, o_row, m_t, 0.0)
+    if x is not None:
+        b_x = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
+        if x_scale is not None:
+            of_x = load_scalars(x_scale, o_row, m_t, 0.0)
+            of_q = load_scalars(x_query, o_row, m_t, 0.0)
+    if THROUGH_H:
+        b_k, unit_k = scale_rows(b_k)
+        kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+        b_k = b_k.to(OPERAND)
+    if THROUGH_U or x_scale is not None:
+        b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    if x is not None:
+        if x_scale is not None:
+            of_q *= weight_q
+        else:
+            b_x, of_x = scale_rows(b_x)
+            of_q = 0 * of_x
 
-        m_t, o_row, o_kv = token_rows(start + i_c * C, end, i_h, H, GROUP, C)
-        b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
-        c_end = tl.sum(b_g, axis=0)
-        b_r *= tl.exp(c_end)
-        bound *= tl.exp(c_end)
+    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    gamma = tl.exp(b_c)
+    p_one = i_state + 0 * o_c  # one token stores the chunk's scalar: no reduction
+    tl.store(decay + p_one, gamma, mask=(o_c == C - 1) & (i_col == 0))
+    if THROUGH_U:
+        mix_q, bound_m = weight_q, weight_q
+        if x is not None:  # Mix = q + α (x − q)
+            b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
+            mix_q += b_alpha * (of_q - weight_q)
+            mix_x = b_alpha * of_x
+            bound_m = tl.abs(mix_q) + mix_x
+        unit_m = pow2_floor(2 * bound_m)
+        b_mix = b_q * (mix_q / unit_m)[:, None]
         if x is not None:
-            b_c = tl.cumsum(b_g, axis=0)
-            gamma, tau = tl.exp(b_c), tl.exp(c_end - b_c)
-            b_w = load_scalars(w_local, o_row, m_t, 0.0) + tau * tau * b_w_next
-            b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-            kappa = key_weight(b_k, unit_k, load_scalars(beta, o_row, m_t, 1.0), QK_L2NORM, NORM_EPS)
-            b_col = load_rows(k, o_kv, m_t, o_col, D, BLOCK_D)
-            b_right, unit = scale_tile(b_col * (gamma * b_w * kappa * kappa / unit_k)[:, None])
-            bound += 4 * tl.sum(gamma * tl.abs(b_w) * kappa * kappa, axis=0)  # scaled entries are below 2
-            b_r += unit * tl.dot(
-                tl.trans(b_k.to(states.dtype.element_ty)),
-                b_right.to(states.dtype.element_ty),
-                input_precision=PRECISION,
-            )
-            b_q, b_q_col = b_k, b_col  # unused where x is stored as it is
+            b_mix += b_x * (mix_x / unit_m)[:, None]
+        b_mix = b_mix.to(OPERAND)
+    if THROUGH_H:
+        tl.store(w_first + p_one, gamma * gamma * b_w, mask=(o_c == 0) & (i_col == 0))
+        weight_k = gamma * b_w * kappa * kappa
+        weight_x = -0.5 * gamma * b_y_scale
+        bound = 4 * tl.abs(weight_k) + 8 * tl.abs(weight_x) * (tl.abs(of_q) + of_x)
+        unit, inverse = state_unit(tl.sum(bound, axis=0))
+        tl.store(dkk_units + i_state, unit, mask=i_col == 0)
+        weight_k *= inverse
+        weight_x *= inverse
+        b_wx = b_x * (of_x * weight_x)[:, None]
+        if x_scale is not None:
+            b_wx += b_q * (of_q * weight_x)[:, None]
+        b_wx = b_wx.to(OPERAND)
+        b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D).to(OPERAND)
+        if BLOCK_N == BLOCK_D:
+            b_wkn = b_k.to(tl.float32) * weight_k[:, None]
+            b_yn, b_wxn = b_y, b_wx
+        else:
+            b_wkn = load_rows(k, o_kv, m_t, o_n, D, BLOCK_D) * (weight_k / unit_k)[:, None]
+            b_yn = load_rows(y, o_row, m_t, o_n, D, BLOCK_D).to(OPERAND)
+            b_xn = load_rows(x, o_row, m_t, o_n, D, BLOCK_D)
             if x_scale is not None:
-                b_q, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-                b_q *= weight_q[:, None]
-                b_q_col = load_rows(q, o_row, m_t, o_col, D, BLOCK_D) * (weight_q / unit_q)[:, None]
-            b_x, unit_x = scale_rows(load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D, BLOCK_D))
-            weight = -0.5 * gamma * load_scalars(y_scale, o_row, m_t, 0.0)
-            b_col = load_rows(y, o_row, m_t, o_col, D, BLOCK_D)
-            b_right, unit = scale_tile(b_col * (weight * unit_x)[:, None])
-            bound += 8 * tl.sum(tl.abs(weight) * unit_x, axis=0)
-            b_r += unit * tl.dot(
-                tl.trans(b_x.to(states.dtype.element_ty)),
-                b_right.to(states.dtype.element_ty),
-                input_precision=PRECISION,
-            )
-            b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D)
-            b_col = load_solution(x, x_scale, x_query, b_q_col, o_row, m_t, o_col, D, BLOCK_D)
-            b_right, unit = scale_tile(b_col * weight[:, None])
-            b_r += unit * tl.dot(
-                tl.trans(b_y.to(states.dtype.element_ty)),
-                b_right.to(states.dtype.element_ty),
-                input_precision=PRECISION,
-            )
-            b_mu = load_scalars(mu, o_row, m_t, 0.0)
-            b_w_next = tl.sum(gamma * gamma * b_mu, axis=0) + tl.exp(2 * c_end) * b_w_next
-    if d_initial is not None:  # dH_0 = Ω at the sequence's start = R + w H_0
-        if x is not None:
-            b_r += b_w_next * tl.load(initial + p_state, mask=m_state, other=0.0)
-        tl.store(d_initial + p_state, b_r, mask=m_state)
+                b_wxn = b_xn * (of_x * weight_x)[:, None]
+                b_wxn += load_rows(q, o_row, m_t, o_n, D, BLOCK_D) * (of_q * weight_x / unit_q)[:, None]
+            else:
+                b_wxn = b_xn * weight_x[:, None]
+            b_wxn = b_wxn.to(OPERAND)
+        b_omega = tl.dot(tl.trans(b_k), b_wkn.to(OPERAND), input_precision=PRECISION)
+        b_omega = tl.dot(tl.trans(b_wx), b_yn, b_omega, input_precision=PRECISION)
+        b_omega = tl.dot(tl.trans(b_y), b_wxn, b_omega, input_precision=PRECISION)
+        tl.store(dkk + i_state * BLOCK_D * BLOCK_D + o_d[:, None] * BLOCK_D + o_n[None, :], b_omega.to(OPERAND))
+
+    if THROUGH_U:
+        weight = scale * gamma * unit_m
+        for i_v in range(i_col, V_PAD // BLOCK_V, BLOCK_D // BLOCK_N):
+            o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+            b_do = load_rows(d_output, o_row, m_t, o_v, V, V_PAD)
+            unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do), axis=1), axis=0))
+            tl.store(dkv_units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
+            b_do = (b_do * (weight * inverse)[:, None]).to(OPERAND)
+            b_xi = tl.trans(tl.dot(tl.trans(b_do), b_mix, input_precision=PRECISION))
+            tl.store(dkv + i_state * BLOCK_D * V_PAD + o_d[:, None] * V_PAD + o_v[None, :], b_xi.to(OPERAND))
+
+
+@triton.jit
+def scan_sequence(
+    states, units, increment_units, decay, h, h_units, w_first, d_final, d_initial, cu_seqlens, chunk_offsets, T, H,
+    i_row, i_r, i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """Rows ``i_row`` of column block ``i_r`` of the gradient S [BLOCK_D, R_PAD]: S⁻ = γ_C S⁺ + ΔS.
+
+    ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where ``h``
+    is given. S⁺ takes its place.
+    """
+    i_n, i_h = i_nh // H, i_nh % H
+    _, _, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
+    o_d, o_r = i_row * ROWS + tl.arange(0, ROWS), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_state = (o_d < D)[:, None] & (o_r < R)[None, :]
+    p_nh = i_nh.to(tl.int64) * D * R
+    p_state = p_nh + o_d[:, None] * R + o_r[None, :]
+    p_stored = o_d[:, None] * R_PAD + o_r[None, :]
+
+    b_s = tl.zeros((ROWS, BLOCK_R), tl.float32)
+    bound = 0.0
+    if d_final is not None:
+        b_s += tl.load(d_final + p_state, mask=m_state, other=0.0)
+        if SYMMETRIC:
+            p_transposed = p_nh + o_r[None, :] * D + o_d[:, None]
+            b_s = 0.5 * (b_s + tl.load(d_final + p_transposed, mask=m_state, other=0.0))
+        bound = largest_entry(d_final + p_nh, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
+
+    i_state = (first_chunk + n_chunks - 1).to(tl.int64) * H + i_h
+    for _ in range(n_chunks):
+        gamma_end = tl.load(decay + i_state)
+        p_chunk = states + i_state * BLOCK_D * R_PAD + p_stored
+        i_unit = i_state * (R_PAD // BLOCK_R) + i_r
+        if increment_units is not None:
+            b_delta, unit_delta = tl.load(p_chunk), tl.load(increment_units + i_unit)
+        if h is not None:
+            b_h = tl.load(h + i_state * BLOCK_D * R_PAD + p_stored)
+            weight_h = tl.load(w_first + i_state) * tl.load(h_units + i_state)
+        unit, inverse = state_unit(bound)
+        tl.store(p_chunk, (b_s * inverse).to(states.dtype.element_ty))
+        tl.store(units + i_unit, unit, mask=i_row == 0)
+        b_s *= gamma_end
+        bound *= gamma_end
+        if increment_units is not None:  # stored entries are at most 8
+            b_s += b_delta.to(tl.float32) * unit_delta
+            bound += 8 * unit_delta
+        if h is not None:
+            b_s += b_h.to(tl.float32) * weight_h
+            bound += 8 * tl.abs(weight_h)
+        i_state -= H
+    if d_initial is not None:
+        tl.store(d_initial + p_state, b_s, mask=m_state)
 
 
 @triton.jit(do_not_specialize=["T"])
-def chunk_backward_state_kv_kernel(
-    q,  # [tokens, H, D]
-    x,  # [tokens, H, D], or None: m = q
-    x_scale,  # [tokens, H] fp32 or None
-    x_query,  # [tokens, H] fp32; read with x_scale
-    d_output,  # [tokens, H, V]
-    log_decay,
-    A_log,
-    dt_bias,
-    alpha,
-    d_final,  # [N, H, D, V] fp32 or None
-    states,  # out Ξ⁺ [chunks, H, BLOCK_D, V_PAD] operand dtype
-    units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
-    d_initial,  # out [N, H, D, V] fp32 or None
+def chunk_backward_scan_kernel(
+    dkk,  # in ΔΩ − w_0 H_c, out Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]; written if KK_PIECES
+    dkk_units,  # out [chunks, H] fp32
+    dkv,  # in ΔΞ, out Ξ⁺ [chunks, H, BLOCK_D, V_PAD]; written if KV_PIECES
+    dkv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
+    increment_kk_units,  # [chunks, H] fp32 or None: Ω has no increments, its gradient comes from the final state alone
+    increment_kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
+    decay,  # [chunks, H] fp32: γ_C
+    w_first,  # [chunks, H] fp32: w_0; read with increment_kk_units
+    kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D], or None with increment_kk_units
+    kk_units,  # [chunks, H] fp32
+    d_final_kk,  # [N, H, D, D] fp32 or None
+    d_final_kv,  # [N, H, D, V] fp32 or None
+    d_initial_kk,  # out [N, H, D, D] fp32 or None
+    d_initial_kv,  # out [N, H, D, V] fp32 or None
     cu_seqlens,
     chunk_offsets,
-    scale,
     T,
     H,
     D: tl.constexpr,
@@ -158,49 +244,25 @@ def chunk_backward_state_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
+    KK_ROWS: tl.constexpr,  # rows of Ω that one program holds
+    KV_ROWS: tl.constexpr,  # rows of a column block of Ξ that one program holds
+    KK_PIECES: tl.constexpr,  # BLOCK_D / KK_ROWS, or 0 to leave Ω out
+    KV_PIECES: tl.constexpr,  # V_PAD / BLOCK_V · BLOCK_D / KV_ROWS, or 0 to leave Ξ out
     C: tl.constexpr,
-    QK_L2NORM: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    MIN_LOG_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One program walks one sequence and query head backwards, one column block: Ξ⁻ = γ_C Ξ⁺ + s Mᵀ diag(γ) dO."""
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
-    i_n, i_h = i_nh // H, i_nh % H
-    start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
-    o_d, o_v = tl.arange(0, BLOCK_D), i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_state = (o_d < D)[:, None] & (o_v < V)[None, :]
-    p_state = i_nh.to(tl.int64) * D * V + o_d[:, None] * V + o_v[None, :]
-    p_stored = o_d[:, None] * V_PAD + o_v[None, :]
-
-    b_xi = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
-    bound = 0.0
-    if d_final is not None:
-        b_xi += tl.load(d_final + p_state, mask=m_state, other=0.0)
-        bound = largest_entry(d_final + i_nh.to(tl.int64) * D * V, V, o_d, D, BLOCK_D, BLOCK_V, V_PAD // BLOCK_V)
-    for i in range(n_chunks):
-        i_c = n_chunks - 1 - i
-        i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        unit, inverse = state_unit(bound)
-        tl.store(states + i_state * BLOCK_D * V_PAD + p_stored, (b_xi * inverse).to(states.dtype.element_ty))
-        tl.store(units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
-
-        m_t, o_row, _ = token_rows(start + i_c * C, end, i_h, H, 1, C)
-        b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
-        gamma = tl.exp(tl.cumsum(b_g, axis=0))
-        b_mix, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-        b_mix *= weight_q[:, None]
-        if x is not None:  # m = q + α (x − q)
-            b_x = load_solution(x, x_scale, x_query, b_mix, o_row, m_t, o_d, D, BLOCK_D)
-            b_mix += load_scalars(alpha, o_row, m_t, 1.0)[:, None] * (b_x - b_mix)
-        b_mix, unit_m = scale_rows(b_mix)
-        b_do = load_rows(d_output, o_row, m_t, o_v, V, V_PAD)
-        b_do, unit = scale_tile(b_do * (scale * gamma * unit_m)[:, None])
-        b_update = tl.dot(
-            tl.trans(b_mix.to(states.dtype.element_ty)), b_do.to(states.dtype.element_ty), input_precision=PRECISION
-        )
-        gamma_end = tl.exp(tl.sum(b_g, axis=0))
-        b_xi = b_xi * gamma_end + unit * b_update
-        bound = bound * gamma_end + 4 * C * unit
-    if d_initial is not None:
-        tl.store(d_initial + p_state, b_xi, mask=m_state)
+    """One program walks one sequence and query head backwards with one piece of Ω or of Ξ; all run side by side."""
+    i, i_nh = tl.program_id(0), tl.program_id(1)
+    if KK_PIECES > 0:
+        if i < KK_PIECES:
+            scan_sequence(
+                dkk, dkk_units, increment_kk_units, decay, kk, kk_units, w_first, d_final_kk, d_initial_kk, cu_seqlens,
+                chunk_offsets, T, H, i, 0, i_nh, D, D, BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D, C, True,
+            )  # fmt: skip
+    if KV_PIECES > 0:
+        if i >= KK_PIECES:
+            i_piece = i - KK_PIECES
+            scan_sequence(
+                dkv, dkv_units, increment_kv_units, decay, None, None, None, d_final_kv, d_initial_kv, cu_seqlens,
+                chunk_offsets, T, H, i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i_nh, D, V,
+                BLOCK_D, KV_ROWS, BLOCK_V, V_PAD, C, False,
+            )  # fmt: skip
