@@ -403,11 +403,11 @@ def token_gradients(
         "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     dv = None
-    part: dict[str, Tensor | None] = {"dk_u": None, "v_dv_u": None, "j_u": None}
+    part: dict[str, Tensor | None] = {"dk_u": None, "m_u": None, "j_u": None}
     if through_u:
         dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
         if through_h:
-            part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "v_dv_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
+            part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "m_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
         chunk_backward_value_kernel[p.chunk_grid](
             d_output=d_output, v=p.v, alpha=p.alpha, kv=kv.states, kv_units=kv.units, dkv=incoming.kv.states,
             dkv_units=incoming.kv.units, dv=dv, scale=p.scale, **part, **shared, **p.values,
@@ -416,7 +416,8 @@ def token_gradients(
     if through_h:
         chunk_backward_key_kernel[p.chunk_grid](
             y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
-            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, **part, **shared,
+            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, BLOCK_S=p.config.block_s,
+            **part, **shared,
             **p.config.backward_key.launch_options(),
         )  # fmt: skip
     return _TokenGradients(dk, dv, **finished)

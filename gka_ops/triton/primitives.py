@@ -156,6 +156,16 @@ def chunk_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
 
 
 @triton.jit
+def token_rows_of_chunk(start, end, i_h, H: tl.constexpr, C: tl.constexpr):
+    """Of the C tokens from ``start``: which exist, their rows in [tokens, H] tensors, and their places in the chunk.
+
+    Places past the end repeat the last one, so that no tile needs a mask of rows: weights keep them out.
+    """
+    o_c = tl.arange(0, C)
+    return start + o_c < end, (start + o_c).to(tl.int64) * H + i_h, tl.minimum(o_c, end - start - 1)
+
+
+@triton.jit
 def formed_anew(start, num_iter):
     """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
 
@@ -170,6 +180,19 @@ def load_raw_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as they are, [C, BLOCK_D]; zero outside."""
     mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
     return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(p, o_r, o_d, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``o_r`` [C] (32 bits, all in bounds) of a tensor [.., D] from ``p``, as they are stored [C, BLOCK_D]."""
+    p_tile = p + (o_r[:, None] * stride + o_d[None, :])
+    return tl.load(p_tile) if D == BLOCK_D else tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(p, b, o_r, m_t, o_d, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
+    tl.store(p + (o_r[:, None] * stride + o_d[None, :]), b.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -230,19 +253,10 @@ def effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY: tl.constex
 
 @triton.jit
 def decay_matrix(b_c, C: tl.constexpr):
-    """M_ts = e^{c_t − c_s} for s <= t, else 0 (MATH.md §2).
-
-    Where the chunk decays little the exponential is a product of two vectors' around the middle, and a fifth of the
-    instructions; elsewhere, one exponential per entry, masked first.
-    """
+    """M_ts = e^{c_t − c_s} for s <= t, else 0 (MATH.md §2)."""
     o_c = tl.arange(0, C)
-    causal = o_c[:, None] >= o_c[None, :]
-    middle = 0.5 * tl.min(b_c, axis=0)
-    if middle > -16:
-        b_m = tl.where(causal, tl.exp(b_c - middle)[:, None] * tl.exp(middle - b_c)[None, :], 0.0)
-    else:
-        b_m = tl.exp(tl.where(causal, b_c[:, None] - b_c[None, :], float("-inf")))
-    return b_m
+    b_c *= 1.4426950408889634  # a power of two takes half the instructions of a power of e
+    return tl.where(o_c[:, None] >= o_c[None, :], tl.exp2(b_c[:, None] - b_c[None, :]), 0.0)
 
 
 @triton.jit
@@ -255,6 +269,12 @@ def decayed_squares_from(b_c, b, C: tl.constexpr):
         b_m = decay_matrix(b_c, C)
         b_sum = tl.sum(b_m * b_m * b[:, None], axis=0)
     return b_sum
+
+
+@triton.jit
+def decay_between(b_c):
+    """e^{−|c_t − c_s|} [C, C]: M on and below the diagonal, Mᵀ on and above it."""
+    return tl.exp2(tl.abs(b_c[None, :] - b_c[:, None]) * -1.4426950408889634)
 
 
 @triton.jit
@@ -353,6 +373,13 @@ def state_inner_product(p_a, p_b, i_state, BLOCK_D: tl.constexpr):
         b_b = load_state(p_b, i_state, i_col, BLOCK_D, BLOCK_D, BLOCK).to(tl.float32)
         total += tl.sum(tl.sum(b_a * b_b, axis=1), axis=0)
     return total
+
+
+@triton.jit
+def diagonal_sum(b, N: tl.constexpr):
+    """Trace of b [N, N]."""
+    o_n = tl.arange(0, N)
+    return tl.sum(tl.sum(tl.where(o_n[:, None] == o_n[None, :], b, 0.0), axis=1), axis=0)
 
 
 @triton.jit
@@ -499,53 +526,86 @@ def load_solution(x, x_scale, x_query, b_q, o_row, m_t, o_d, D: tl.constexpr, BL
 
 
 @triton.jit
-def query_scores(
-    q, x, x_scale, x_query, b_k, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr, SOLVE: tl.constexpr,
-    QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """K Qᵀ, K Xᵀ [C, C] of the effective queries and solutions, and a bound [C] of the entries of X's rows.
+def split_solution(b_x, x_scale, x_query, b_q, weight_q, o_row, m_t):
+    """x = along·q̂ + across·ŵ: scaled rows ŵ [C, BLOCK_D], along [C], across [C], from x as it is stored.
 
-    K Xᵀ is formed from K Qᵀ and K Wᵀ where x = c q + w: the part of x along q is too large to be rounded with the rest.
+    Products with x are formed from those with q̂ and ŵ: the part of x along q is too large to be rounded with the rest.
     """
-    b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-    b_kq = tl.dot(b_k, tl.trans(b_q.to(b_k.dtype)), input_precision=PRECISION) * weight_q[None, :]
-    b_kx, bound = b_kq, weight_q
-    if SOLVE:
-        if x_scale is not None:
-            c = load_scalars(x_query, o_row, m_t, 0.0)
-            unit_w = load_scalars(x_scale, o_row, m_t, 0.0)
-            b_w = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
-            bound = 2 * (tl.abs(c) * weight_q + unit_w)  # scaled rows have entries below 2
-        else:
-            b_q *= weight_q[:, None]
-            b_w = load_rows(x, o_row, m_t, o_d, D, BLOCK_D)
-            bound = tl.max(tl.abs(b_w), axis=1)
-            b_w, c = split_along_query(b_w, b_q)
-            b_w, unit_w = scale_rows(b_w)
-        b_kx = b_kq * c[None, :]
-        b_kx += tl.dot(b_k, tl.trans(b_w.to(b_k.dtype)), input_precision=PRECISION) * unit_w[None, :]
-    return b_kq, b_kx, bound
+    if x_scale is not None:
+        return (
+            b_x,
+            pinned(load_scalars(x_query, o_row, m_t, 0.0)) * weight_q,
+            pinned(load_scalars(x_scale, o_row, m_t, 0.0)),
+        )
+    else:
+        b_w, along = split_along_query(b_x, b_q)
+        b_w, across = scale_rows(b_w)
+        return b_w, along, across
 
 
 # --------------------------------------------------------------------------------------------------- key gradients
 @triton.jit
-def store_gate_gradients(
-    k_dk, v_dv, j_next, kappa, b_beta, key_norm, unit_k, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log,
-    dt_bias, pi, o_row, m_t, i_h, i_state, QK_L2NORM: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
-):  # fmt: skip
-    """dβ and dg (or the raw projection's gradient) of one chunk (MATH.md §4.4–4.5).
+def larger(a, b):
+    return tl.maximum(a, b)
 
-    ``k_dk`` is k̂·dk through H, over κ; ``v_dv`` is v·dv of the value that came in, before β, and equals k·dk through U.
-    """
+
+@triton.jit
+def second(a, b):
+    return b
+
+
+@triton.jit
+def pinned(b):
+    """b [C], computed once. Scalars of tokens count as cheap, so the compiler would load them, with their addresses,
+    anew in every layout that a tile needs them in; it does not look through a scan, and this one is over nothing."""
+    return tl.associative_scan(b, 0, second)
+
+
+@triton.jit
+def decayed_max(b_c, b, REVERSE: tl.constexpr):
+    """max_s e^{c_s − c_t} b_s [C] over s <= t, or over s >= t, for b >= 0 and c whose differences are <= 0 there."""
+    b_c *= 1.4426950408889634  # in powers of two
+    return tl.exp2(tl.associative_scan(b_c + tl.log2(b), 0, larger, reverse=REVERSE) - b_c)
+
+
+@triton.jit
+def score_unit(bound, BLOCK_D: tl.constexpr):
+    """Units [R] of rows of weighted scores (a·b) w with scaled rows a, b [., BLOCK_D] and |w| <= bound, known before
+    the scores are: |a·b| < 4·BLOCK_D, so that in this unit they end below 2^15. It may be far too large a bound."""
+    return pow2_floor(tl.maximum(bound, 2.0**-100)) * (BLOCK_D / 4096)
+
+
+@triton.jit
+def keys_times_state(
+    b_k, k, unit_k, state, i_state, o_r, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K̂ S [C, BLOCK_D] of a stored key-key state, BLOCK_S of its rows at a time."""
+    if BLOCK_S == BLOCK_D:
+        b_s = load_state(state, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D)
+        return tl.dot(b_k, b_s, input_precision=PRECISION)
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        b_ks = tl.zeros(b_k.shape, tl.float32)
+        for i_s in range(BLOCK_D // BLOCK_S):
+            o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
+            b_ki = load_tile(k, o_r, o_s, stride, D, BLOCK_D) * (1 / unit_k)[:, None]
+            b_s = tl.load(state + i_state * BLOCK_D * BLOCK_D + o_s[:, None] * BLOCK_D + o_d[None, :])
+            b_ks = tl.dot(b_ki.to(b_k.dtype), b_s, b_ks, input_precision=PRECISION)
+        return b_ks
+
+
+@triton.jit
+def store_gate_gradients(
+    b_m, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row, m_t, i_h,
+    i_state, MIN_LOG_DECAY: tl.constexpr,
+):  # fmt: skip
+    """dβ and dg (or the raw projection's gradient) of one chunk (MATH.md §4.4–4.5) from m_t = (k·dk + v·dv) / 2β_t²."""
     if d_beta is not None:  # β scales key and value alike: β dβ = k·dk + v·dv
-        if QK_L2NORM:
-            weight = kappa / key_norm
-        else:
-            weight = kappa * unit_k
-        tl.store(d_beta + o_row, (weight * k_dk + 2 * v_dv).to(d_beta.dtype.element_ty), mask=m_t)
+        tl.store(d_beta + o_row, (2 * b_beta * b_m).to(d_beta.dtype.element_ty), mask=m_t)
     if d_log_decay is not None:  # dg_t = J⁺ + Σ_{s>=t} (π_s − (k_s·dk_s + v_s·dv_s)/2)
         b_pi = load_scalars(pi, o_row, m_t, 0.0)
-        b_kappa = tl.where(m_t, 0.5 * kappa * kappa * k_dk + b_beta * v_dv, 0.0)
+        b_kappa = tl.where(m_t, b_beta * b_beta * b_m, 0.0)
         b_dg = j_next + tl.cumsum(b_pi - b_kappa, axis=0, reverse=True)
         b_dg = tl.where(m_t & (b_g > MIN_LOG_DECAY), b_dg, 0.0)
         if A_log is not None:
@@ -557,18 +617,3 @@ def store_gate_gradients(
             if d_dt_bias is not None:
                 tl.store(d_dt_bias + i_state, tl.sum(b_dg, axis=0))
         tl.store(d_log_decay + o_row, b_dg.to(d_log_decay.dtype.element_ty), mask=m_t)
-
-
-@triton.jit
-def key_gradient(b_dk, b_k, k_dk, v_dv, kappa, b_beta, key_norm, unit_k, QK_L2NORM: tl.constexpr, FLOOR: tl.constexpr):
-    """Columns of the gradient of the key that came in, from those of the effective key κ k̂ (MATH.md §4.5).
-
-    The radial part k̂·dk comes from the scalars of :func:`store_gate_gradients`: k_e·dk_e = κ² k_dk + β v_dv.
-    """
-    if QK_L2NORM:
-        radial = b_beta / key_norm * (kappa * k_dk + key_norm * v_dv)
-        radial = tl.where(key_norm > FLOOR / unit_k, radial, 0.0)  # at or below ε the denominator is constant
-        b_dk = b_dk * b_beta[:, None] - b_k * (radial / key_norm)[:, None]
-        return b_dk * (1 / (key_norm * unit_k))[:, None]
-    else:
-        return b_dk * b_beta[:, None]

@@ -6,22 +6,24 @@ import triton.language as tl
 from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
-    decay_matrix,
+    decay_between,
+    decayed_max,
+    diagonal_sum,
     dot_transposed_split,
-    key_gradient,
     key_weight,
+    keys_times_state,
     load_log_decay,
-    load_query,
-    load_rows,
     load_scalars,
-    load_solution,
     load_state,
-    pow2_floor,
-    query_scores,
+    load_tile,
+    pinned,
+    query_weight,
     row_norm,
     scale_rows,
+    score_unit,
+    split_solution,
     store_gate_gradients,
-    store_rows,
+    store_tile,
     token_rows,
 )
 
@@ -44,8 +46,8 @@ def chunk_backward_key_kernel(
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [tokens, H, D] fp32: the part of the effective key's gradient through U, or None
-    v_dv_u,  # [tokens, H] fp32: v·dv, with dk_u
+    dk_u,  # [tokens, H, D] fp32: the effective key's gradient through U, over β, or None
+    m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
     j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
@@ -57,11 +59,12 @@ def chunk_backward_key_kernel(
     chunk_offsets,
     chunk_sequence,
     T,
-    H,
-    GROUP,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     C: tl.constexpr,
     SOLVE: tl.constexpr,
     QK_L2NORM: tl.constexpr,
@@ -70,9 +73,12 @@ def chunk_backward_key_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program does one chunk of one query head. Through H, with effective keys:
+    """One program does one chunk of one query head. Through H, with effective keys β ν k̂:
 
     dK = 2τ K Ω⁺ + 2wγ K H_c + 2 (W∘K Kᵀ) K − (Mᵀ∘K Xᵀ) Y − (Mᵀ∘K Yᵀ) X
+
+    X is never formed: its rows are sums of q̂ and ŵ (:func:`split_solution`), and so are the products with it. dK is
+    taken over β, and what β and the gate need of it is m = (k·dk + v·dv) / 2β².
     """
     i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
@@ -80,94 +86,97 @@ def chunk_backward_key_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, o_row, _ = token_rows(start, end, i_h, H, GROUP, C)
+    # Rows past the end repeat the last one, so that no tile needs a mask of rows: weights keep them out.
+    o_r = tl.minimum(o_c, end - start - 1)
+    first = start.to(tl.int64) * H + i_h
+    first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
+
+    unit_r, unit_h = tl.load(dkk_units + i_state), tl.load(kk_units + i_state)
+    b_rh = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    for i_d in range(BLOCK_D // BLOCK_N):
+        b_r = load_state(dkk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
+        b_h = load_state(kk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
+        b_rh = tl.dot(tl.trans(b_r), b_h, b_rh, input_precision=PRECISION)
+    r_h = unit_r * unit_h * diagonal_sum(b_rh, BLOCK_N)
 
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)
     c_end = tl.sum(b_g, axis=0)
     gamma, tau, gamma_end = tl.exp(b_c), tl.exp(c_end - b_c), tl.exp(c_end)
     anticausal = o_c[:, None] <= o_c[None, :]
-    b_mt = tl.exp(tl.where(anticausal, b_c[None, :] - b_c[:, None], float("-inf")))  # Mᵀ: [t, s] for s >= t
-    b_beta = load_scalars(beta, o_row, m_t, 1.0)
-    b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
-    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
-    key_norm = row_norm(b_k, unit_k, NORM_EPS)
+    b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
+    b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
+    key_norm, length = pinned(row_norm(b_k, unit_k, NORM_EPS)), pinned(unit_k)
+    nu = tl.where(m_t, pinned(key_weight(b_k, unit_k, 1.0, QK_L2NORM, NORM_EPS)), 0.0)
     b_k = b_k.to(OPERAND)
-
-    unit_r, unit_h = tl.load(dkk_units + i_state), tl.load(kk_units + i_state)
-    weight_r = 2 * tau * unit_r
-    weight_h = gamma * 0.0
-    k_dk = tl.zeros((C,), tl.float32)  # k̂·dk, over κ, from fp32 scores: x is too large off the keys to round it first
-    j_next = 0.0  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
-    if SOLVE:
-        b_w = load_scalars(w_local, o_row, m_t, 0.0)
-        weight_h = 2 * b_w * gamma * unit_h
-
-        b_weight = decay_matrix(b_c, C) * b_w[:, None] + b_mt * b_w[None, :]
-        b_weight = tl.where(o_c[:, None] == o_c[None, :], b_w[:, None], b_weight)
-        b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        b_p = b_gram * b_weight * (2 * kappa * kappa)[None, :]
-        k_dk += tl.sum(b_p * b_gram, axis=1)
-        b_p, unit_pk = scale_rows(b_p)
-        b_pk = b_p.to(OPERAND)
-
-        b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D)
-        b_weight = b_mt * load_scalars(y_scale, o_row, m_t, 0.0)[None, :]
-        if y.dtype.element_ty == OPERAND:
-            b_ky = tl.dot(b_k, tl.trans(b_y.to(OPERAND)), input_precision=PRECISION) * b_weight
-        else:
-            b_ky = dot_transposed_split(b_k, b_y, PRECISION) * b_weight
-        _, b_kx, bound_x = query_scores(
-            q, x, x_scale, x_query, b_k, o_row, m_t, o_d, D, BLOCK_D, True, QK_L2NORM, NORM_EPS, PRECISION
-        )
-        k_dk -= 2 * tl.sum(b_kx * b_ky, axis=1)
-        b_p, unit_py = scale_rows(b_kx * b_weight)
-        b_py = b_p.to(OPERAND)
-        unit_x = pow2_floor(bound_x)
-        b_p, unit_px = scale_rows(b_ky * unit_x[None, :])
-        b_px = b_p.to(OPERAND)
-        _, weight_q, unit_q = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
-        weight_q /= unit_q
-
-    # What the scalars need of the states, column block by column block; then, with them, the gradient likewise.
-    k_r_k = tl.zeros((C,), tl.float32)
-    r_h = 0.0
-    for i_d in range(BLOCK_D // BLOCK_N):
-        o_n = i_d * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_r = load_state(dkk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_h = load_state(kk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        r_h += tl.sum(tl.sum(b_r.to(tl.float32) * b_h.to(tl.float32), axis=1), axis=0)
-        b_kn = load_rows(k, o_kv, m_t, o_n, D, BLOCK_D) * (1 / unit_k)[:, None]
-        k_r_k += tl.sum(tl.dot(b_k, b_r, input_precision=PRECISION) * b_kn, axis=1)
-        if SOLVE:
-            k_dk += weight_h * tl.sum(tl.dot(b_k, b_h, input_precision=PRECISION) * b_kn, axis=1)
-    k_r_k *= weight_r
-    k_dk += k_r_k
-    j_next += gamma_end * unit_r * unit_h * r_h + 0.5 * tl.sum(kappa * kappa * k_r_k, axis=0)
-    v_dv = tl.zeros((C,), tl.float32)
+    b_dk = tl.zeros((C, BLOCK_D), tl.float32)
+    b_m = tl.zeros((C,), tl.float32)
+    j_next = gamma_end * r_h  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
+    m_v = tl.zeros((C,), tl.float32)
     if dk_u is not None:
-        v_dv += load_scalars(v_dv_u, o_row, m_t, 0.0)
+        m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
         j_next += tl.load(j_u + i_state)
+    if SOLVE:
+        b_wt = pinned(load_scalars(w_local, o_row, m_t, 0.0))
+        b_q, unit_q = scale_rows(load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32))
+        weight_q = pinned(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
+        b_w, along, across = split_solution(
+            load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D), x_scale, x_query, b_q, weight_q, o_row, m_t
+        )
+        b_w = b_w.to(OPERAND)
+        b_q = b_q.to(OPERAND)
+        b_ys = pinned(load_scalars(y_scale, o_row, m_t, 0.0))
+        kappa_2 = 2 * b_beta * b_beta * nu * nu
+        later = tl.maximum(b_ys * (tl.abs(along) + tl.abs(across)), tl.abs(b_wt) * kappa_2)
+        bound = tl.maximum(decayed_max(b_c, later, True), tl.abs(b_wt) * decayed_max(-b_c, kappa_2, False))
+        unit = pinned(score_unit(bound, BLOCK_D))
+
+        b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        b_decay = decay_between(b_c)
+        b_pk = b_gram * b_decay * tl.where(anticausal, b_wt[None, :], b_wt[:, None])  # W∘K Kᵀ
+        b_pk *= (1 / unit)[:, None] * kappa_2[None, :]
+        b_pairs = tl.sum(b_pk * b_gram, axis=1) * 0.5
+        b_pk = b_pk.to(OPERAND)
+        b_y = load_tile(y + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_e = tl.where(anticausal, b_decay, 0.0) * (-1 / unit)[:, None] * b_ys[None, :]  # −Mᵀ in units of Y's rows
+        b_kx = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * along[None, :]
+        b_kx += tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION) * across[None, :]
+        b_py = (b_kx * b_e).to(OPERAND)
+        if y.dtype.element_ty == OPERAND:
+            b_ky = tl.dot(b_k, tl.trans(b_y), input_precision=PRECISION) * b_e
+        else:
+            b_ky = dot_transposed_split(b_k, b_y, PRECISION) * b_e
+        b_pairs += tl.sum(b_kx * b_ky, axis=1)
+        b_m += nu * nu * unit * b_pairs
+        b_pq, b_pw = (b_ky * along[None, :]).to(OPERAND), (b_ky * across[None, :]).to(OPERAND)
+        b_dk = tl.dot(b_pk, b_k, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_py, b_y.to(OPERAND), b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_pq, b_q, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_pw, b_w, b_dk, input_precision=PRECISION)
+        b_dk *= unit[:, None]
+
+    b_k32 = b_k.to(tl.float32)
+    p_k = k + first_kv * D
+    b_kr = keys_times_state(b_k, p_k, unit_k, dkk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION)
+    k_r_k = nu * nu * tau * unit_r * tl.sum(b_kr * b_k32, axis=1)
+    b_m += k_r_k
+    j_next += tl.sum(b_beta * b_beta * k_r_k, axis=0)
+    b_dk += b_kr * (2 * tau * unit_r)[:, None]
+    if SOLVE:
+        b_kh = keys_times_state(b_k, p_k, unit_k, kk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION)
+        b_m += nu * nu * b_wt * gamma * unit_h * tl.sum(b_kh * b_k32, axis=1)
+        b_dk += b_kh * (2 * b_wt * gamma * unit_h)[:, None]
+    b_dk *= nu[:, None]
+    weight = b_beta * b_beta
+    if QK_L2NORM:  # MATH.md §4.5, with k·dk from the sums above
+        radial = tl.where(key_norm > NORM_EPS / length, 2 * b_m + m_v, 0.0)  # at or below ε the norm is constant
+        b_dk -= b_k32 * (nu * radial)[:, None]
+        weight /= key_norm * length
     store_gate_gradients(
-        k_dk, v_dv, j_next, kappa, b_beta, key_norm, unit_k, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay,
-        A_log, dt_bias, pi, o_row, m_t, i_h, i_state, QK_L2NORM, MIN_LOG_DECAY,
+        b_m + m_v, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row,
+        m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
-    for i_d in range(BLOCK_D // BLOCK_N):
-        o_n = i_d * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_r = load_state(dkk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_dk = tl.dot(b_k, b_r, input_precision=PRECISION) * weight_r[:, None]
-        b_kn = load_rows(k, o_kv, m_t, o_n, D, BLOCK_D) * (1 / unit_k)[:, None]
-        if SOLVE:
-            b_h = load_state(kk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-            b_dk += tl.dot(b_k, b_h, input_precision=PRECISION) * weight_h[:, None]
-            b_dk += tl.dot(b_pk, b_kn.to(OPERAND), input_precision=PRECISION) * unit_pk[:, None]
-            b_yn = load_rows(y, o_row, m_t, o_n, D, BLOCK_D)
-            b_dk -= tl.dot(b_py, b_yn.to(OPERAND), input_precision=PRECISION) * unit_py[:, None]
-            b_qn = load_rows(q, o_row, m_t, o_n, D, BLOCK_D) * weight_q[:, None]
-            b_xn = load_solution(x, x_scale, x_query, b_qn, o_row, m_t, o_n, D, BLOCK_D) * (1 / unit_x)[:, None]
-            b_dk -= tl.dot(b_px, b_xn.to(OPERAND), input_precision=PRECISION) * unit_px[:, None]
-        b_dk *= kappa[:, None]
-        if dk_u is not None:
-            b_dk += load_rows(dk_u, o_row, m_t, o_n, D, BLOCK_D)
-        b_dk = key_gradient(b_dk, b_kn, k_dk, v_dv, kappa, b_beta, key_norm, unit_k, QK_L2NORM, NORM_EPS)
-        store_rows(dk, b_dk, o_row, m_t, o_n, D, BLOCK_D)
+    if dk_u is not None:
+        b_dk += load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)

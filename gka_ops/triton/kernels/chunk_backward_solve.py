@@ -13,17 +13,17 @@ from gka_ops.triton.primitives import (
     formed_anew,
     key_weight,
     load_log_decay,
-    load_operand,
     load_ridge,
     load_scalars,
     load_solution,
     load_state,
+    load_tile,
     normalise,
     normalise_rows_backward,
     operator_weights,
     scale_rows,
-    store_rows,
-    token_rows,
+    store_tile,
+    token_rows_of_chunk,
 )
 
 
@@ -59,8 +59,8 @@ def chunk_backward_solve_kernel(
     ridge_offset,
     num_iter,
     T,
-    H,
-    GROUP,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     C: tl.constexpr,
@@ -86,19 +86,21 @@ def chunk_backward_solve_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_d = tl.arange(0, BLOCK_D)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
+    first = start.to(tl.int64) * H + i_h
+    first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
     # Everything that is read travels at once, before anything waits for it; after the solve likewise.
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
     b_fro = load_scalars(fro, o_row, m_t, 0.0)
-    b_k = load_operand(k, o_kv, m_t, o_d, D, BLOCK_D)
+    b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
     b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
-    b_dx = load_operand(dx, o_row, m_t, o_d, D, BLOCK_D)
+    b_dx = load_tile(dx + first * D, o_r, o_d, H * D, D, BLOCK_D)
 
     b_c = tl.cumsum(b_g, axis=0)
     b_k, unit_k = scale_rows(b_k.to(tl.float32))
-    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+    kappa = tl.where(m_t, key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
     inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
@@ -115,15 +117,16 @@ def chunk_backward_solve_kernel(
     weight_y *= inv_eta  # y = weight_y z
 
     start = formed_anew(start, num_iter)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
-    b_q = load_operand(q, o_row, m_t, o_d, D, BLOCK_D)
-    b_x = load_operand(x, o_row, m_t, o_d, D, BLOCK_D)
-    b_dx = load_operand(dx, o_row, m_t, o_d, D, BLOCK_D)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
+    first = start.to(tl.int64) * H + i_h
+    b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    b_dx = load_tile(dx + first * D, o_r, o_d, H * D, D, BLOCK_D)
     b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
     if THROUGH_READOUT:  # dx = α dMix
         weight_y *= b_alpha
     b_scaled, unit_y = scale_rows(b_z)
-    store_rows(y, b_scaled, o_row, m_t, o_d, D, BLOCK_D)
+    store_tile(y + first * D, b_scaled, o_r, m_t, o_d, H * D, D, BLOCK_D)
     tl.store(y_scale + o_row, unit_y * weight_y, mask=m_t)
 
     b_q, weight_q, unit_q = effective_query(b_q.to(tl.float32), QK_L2NORM, NORM_EPS)
@@ -143,7 +146,7 @@ def chunk_backward_solve_kernel(
         b_pi -= tl.sum(b_dx * b_x, axis=1)
     tl.store(pi + o_row, b_pi, mask=m_t)
     b_dq = normalise_rows_backward(b_y, b_q, unit_q, QK_L2NORM, NORM_EPS)
-    store_rows(dq, b_dq, o_row, m_t, o_d, D, BLOCK_D)
+    store_tile(dq + first * D, b_dq, o_r, m_t, o_d, H * D, D, BLOCK_D)
 
     vanishing = b_fro <= FRO_MIN
     b_mu = tl.where(vanishing, 0.0, b_ridge * b_d_lambda / tl.where(vanishing, 1.0, b_fro))

@@ -9,14 +9,13 @@ from gka_ops.triton.primitives import (
     decay_matrix,
     key_weight,
     load_log_decay,
-    load_operand,
-    load_query,
-    load_rows,
     load_scalars,
     load_state,
+    load_tile,
+    query_weight,
     scale_rows,
-    store_rows,
-    token_rows,
+    store_tile,
+    token_rows_of_chunk,
 )
 
 
@@ -41,8 +40,8 @@ def chunk_readout_kernel(
     chunk_sequence,  # [chunks] sequence of each chunk, -1 for unused, or None
     scale,
     T,
-    H,
-    GROUP,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,19 +65,22 @@ def chunk_readout_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_d = tl.arange(0, BLOCK_D)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
+    first = start.to(tl.int64) * H + i_h
+    first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
-    b_k, unit_k = scale_rows(load_rows(k, o_kv, m_t, o_d, D, BLOCK_D))
+    b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
-    kappa = key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+    kappa = tl.where(m_t, key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_k = b_k.to(OPERAND)
-    b_q, weight_q, _ = load_query(q, o_row, m_t, o_d, D, BLOCK_D, QK_L2NORM, NORM_EPS)
+    b_q, unit_q = scale_rows(load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32))
+    weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
     b_q = b_q.to(OPERAND)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if x is not None:
         b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
         weight_x = b_alpha
-        b_x = load_operand(x, o_row, m_t, o_d, D, BLOCK_D)
+        b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
         if x_scale is not None:
             weight_x = b_alpha * load_scalars(x_scale, o_row, m_t, 0.0)
             weight_q *= 1 - b_alpha + b_alpha * load_scalars(x_query, o_row, m_t, 0.0)
@@ -98,7 +100,7 @@ def chunk_readout_kernel(
         b_o = tl.dot(b_q, b_u, input_precision=PRECISION) * (weight_q * gamma * unit_u)[:, None]
         if x is not None:
             b_o += tl.dot(b_x, b_u, input_precision=PRECISION) * (weight_x * gamma * unit_u)[:, None]
-        b_v, unit_v = scale_rows(load_rows(v, o_kv, m_t, o_v, V, V_PAD))
+        b_v, unit_v = scale_rows(load_tile(v + first_kv * V, o_r, o_v, H // GROUP * V, V, V_PAD).to(tl.float32))
         b_p, unit_p = scale_rows(b_s * unit_v[None, :])
         b_o += tl.dot(b_p.to(OPERAND), b_v.to(OPERAND), input_precision=PRECISION) * unit_p[:, None]
-        store_rows(output, b_o * scale, o_row, m_t, o_v, V, V_PAD)
+        store_tile(output + first * V, b_o * scale, o_r, m_t, o_v, H * V, V, V_PAD)

@@ -12,19 +12,18 @@ from gka_ops.triton.primitives import (
     frobenius_norm,
     key_weight,
     load_log_decay,
-    load_operand,
     load_ridge,
-    load_rows,
     load_scalars,
     load_state,
+    load_tile,
     normalise,
     operator_weights,
     pow2_inverse,
     query_weight,
     scale_rows,
     split_along_query,
-    store_rows,
-    token_rows,
+    store_tile,
+    token_rows_of_chunk,
 )
 
 
@@ -51,8 +50,8 @@ def chunk_solve_kernel(
     ridge_offset,
     num_iter,
     T,
-    H,
-    GROUP,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     C: tl.constexpr,
@@ -73,20 +72,22 @@ def chunk_solve_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_d = tl.arange(0, BLOCK_D)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
+    first = start.to(tl.int64) * H + i_h
+    first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
     # Everything that is read travels at once, before anything waits for it.
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
-    b_k = load_operand(k, o_kv, m_t, o_d, D, BLOCK_D)
+    b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
     b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
-    b_q = load_operand(q, o_row, m_t, o_d, D, BLOCK_D)
+    b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
 
     b_c = tl.cumsum(b_g, axis=0)
     gamma = tl.exp(b_c)
     b_m = decay_matrix(b_c, C)
     b_k32, unit_k = scale_rows(b_k.to(tl.float32))
-    kappa = key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS)
+    kappa = tl.where(m_t, key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_k = b_k32.to(OPERAND)
     h_square = tl.sum(tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32), axis=1), axis=0)
     b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, C, PRECISION)
@@ -104,13 +105,14 @@ def chunk_solve_kernel(
     b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)  # x = weight_q/η z
 
     start = formed_anew(start, num_iter)
-    m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
+    first = start.to(tl.int64) * H + i_h
     if x_scale is None:
-        store_rows(x, b_z * (weight_q * inv_eta)[:, None], o_row, m_t, o_d, D, BLOCK_D)
+        store_tile(x + first * D, b_z * (weight_q * inv_eta)[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)
     else:  # x = c q + w
-        b_q = load_rows(q, o_row, m_t, o_d, D, BLOCK_D) * pow2_inverse(unit_q)[:, None]
+        b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32) * pow2_inverse(unit_q)[:, None]
         b_w, c = split_along_query(b_z, b_q)
         b_w, unit_w = scale_rows(b_w)
-        store_rows(x, b_w, o_row, m_t, o_d, D, BLOCK_D)
+        store_tile(x + first * D, b_w, o_r, m_t, o_d, H * D, D, BLOCK_D)
         tl.store(x_scale + o_row, unit_w * weight_q * inv_eta, mask=m_t)
         tl.store(x_query + o_row, c * inv_eta, mask=m_t)
