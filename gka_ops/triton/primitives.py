@@ -40,13 +40,6 @@ def scale_rows(b):
 
 
 @triton.jit
-def scale_tile(b):
-    """[R, N] fp32 -> the tile divided by a power of two to a largest entry in [1, 2), and that unit."""
-    unit = pow2_floor(tl.max(tl.max(tl.abs(b), axis=1), axis=0))
-    return b * pow2_inverse(unit), unit
-
-
-@triton.jit
 def dot_split(b_x, b_y, PRECISION: tl.constexpr):
     """x @ y for fp32 x [M, K] and operand y [K, N], x split into two fp16 terms so that its rounding does not show."""
     if b_y.dtype == tl.float16:
@@ -199,13 +192,6 @@ def store_tile(p, b, o_r, m_t, o_d, stride, D: tl.constexpr, BLOCK_D: tl.constex
 def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
     return load_raw_rows(p, o_row, m_t, o_d, D, BLOCK_D).to(tl.float32)
-
-
-@triton.jit
-def load_operand(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a token tensor [.., D] that is stored in the operand dtype already [C, BLOCK_D]; zero outside."""
-    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
-    return tl.load(p + o_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -364,18 +350,6 @@ def load_state(p, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def state_inner_product(p_a, p_b, i_state, BLOCK_D: tl.constexpr):
-    """<A, B> of two stored key-key states, in units of the product of their units."""
-    BLOCK: tl.constexpr = min(BLOCK_D, 32)
-    total = 0.0
-    for i_col in range(BLOCK_D // BLOCK):
-        b_a = load_state(p_a, i_state, i_col, BLOCK_D, BLOCK_D, BLOCK).to(tl.float32)
-        b_b = load_state(p_b, i_state, i_col, BLOCK_D, BLOCK_D, BLOCK).to(tl.float32)
-        total += tl.sum(tl.sum(b_a * b_b, axis=1), axis=0)
-    return total
-
-
-@triton.jit
 def diagonal_sum(b, N: tl.constexpr):
     """Trace of b [N, N]."""
     o_n = tl.arange(0, N)
@@ -447,7 +421,7 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
     h2 = 0.25 * (1 - delta) * (1 - delta)
     nu = 1 / theta
     b_d = (nu * b_b).to(b_h.dtype)
-    b_z = b_d.to(tl.float32)
+    b_z = tl.zeros(b_b.shape, tl.float32)
     b_r = b_b
     b_phi = (-phi).to(b_h.dtype)[:, None]
     if b_k is not None:
@@ -459,12 +433,12 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
             b_r = tl.dot(b_s.to(b_h.dtype) * b_psi, b_k, b_r, input_precision=PRECISION)
         b_r = tl.dot(b_d * b_phi, b_h, b_r, input_precision=PRECISION)
         b_d32 = b_d.to(tl.float32)
+        b_z += b_d32
         b_r -= delta * b_d32
         nu_next = 1 / (2 * theta - h2 * nu)
         b_d = (h2 * nu * nu_next * b_d32 + 2 * nu_next * b_r).to(b_h.dtype)
-        b_z += b_d.to(tl.float32)
         nu = nu_next
-    return b_z
+    return b_z + b_d.to(tl.float32)
 
 
 @triton.jit

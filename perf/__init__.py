@@ -1,0 +1,1 @@
+"""Measurements on a card. Nothing imports this; it uses the public interface only."""

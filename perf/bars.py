@@ -1,0 +1,306 @@
+"""The figures to beat, measured: ``python -m perf.bars [--json FILE]`` on one card, random data larger than L2.
+
+Times are medians of CUDA events between calls that are queued back to back, so that the host's own time does not
+show; the host's time has its own rows. Errors are against fp64 on the same inputs, per token (p50, p99).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from tabulate import tabulate
+
+import gka_ops
+
+ACCURATE_AS_AUTHORS = 20  # iterations: x p99 <= 7.9e-3 at ridge 0.02
+WARM_UP, REPEATS = 3, 15
+
+
+class Bar(NamedTuple):
+    """A row: what, in which unit, what it must not exceed, and what we want."""
+
+    name: str
+    unit: str
+    must: float
+    reach: float
+    measure: Callable[[], float]
+
+
+class Inputs(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    log_decay: torch.Tensor
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
+
+def make_inputs(B: int, T: int, H: int = 32, Hkv: int | None = None, D: int = 128, grad: bool = False) -> Inputs:
+    """Unit random queries and keys, mean log decay -0.01 a token, sigmoid gates; bf16 and fp32."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    Hkv = H if Hkv is None else Hkv
+    q, k = (F.normalize(randn(B, T, h, D), dim=-1).bfloat16() for h in (H, Hkv))
+    decay = -0.02 * torch.rand(B, T, H, device="cuda", generator=generator)
+    inputs = Inputs(
+        q, k, randn(B, T, Hkv, D).bfloat16(), decay, torch.sigmoid(randn(B, T, H)), torch.sigmoid(randn(B, T, H))
+    )
+    return Inputs(*(t.requires_grad_(grad) for t in inputs))
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+    for _ in range(WARM_UP):
+        run()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda._sleep(20_000_000)  # the host queues ahead meanwhile
+    for event in events[:-1]:
+        event.record()
+        run()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def host_microseconds(run: Callable[[], Any], calls: int = 200) -> float:
+    """Wall time of a call that the card finishes sooner than the host can queue it."""
+    for _ in range(20):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls * 1e6
+
+
+def forward(inputs: Inputs, **options: Any) -> Callable[[], Any]:
+    @torch.no_grad()
+    def run() -> Any:
+        return gka_ops.chunk_gka(*inputs, **options)
+
+    return run
+
+
+def forward_backward(inputs: Inputs, **options: Any) -> Callable[[], Any]:
+    upstream = torch.randn_like(inputs.q)
+
+    def run() -> Any:
+        return torch.autograd.grad(gka_ops.chunk_gka(*inputs, **options).output, inputs, upstream)
+
+    return run
+
+
+def peak_mebibytes(run: Callable[[], Any]) -> float:
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - base) / 2**20
+
+
+def decode_microseconds(N: int) -> float:
+    """One step of N sequences, 32 heads, 8 key/value heads, fp32 states, replayed from a CUDA graph."""
+    kk = torch.randn(N, 32, 128, 128, device="cuda")
+    state = gka_ops.GKAState(kk @ kk.mT / 128, torch.randn(N, 32, 128, 128, device="cuda"))
+    inputs = make_inputs(N, 1, Hkv=8)
+
+    def run() -> Any:
+        return gka_ops.recurrent_gka(*inputs, state=state, num_iter=30)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return milliseconds(graph.replay, 50) * 1e3
+
+
+def layer_ratio(training: bool) -> float:
+    """``GatedKalmaNet`` (hidden 4096, 32 heads), compiled, over itself without a solve."""
+
+    def timed(**options: Any) -> float:
+        torch.manual_seed(0)
+        layer = gka_ops.GatedKalmaNet(4096, 128, 32, device="cuda", dtype=torch.bfloat16, **options)
+        compiled = torch.compile(layer, fullgraph=True)
+        hidden = torch.randn(2, 8192, 4096, device="cuda", dtype=torch.bfloat16)
+        if training:
+            return milliseconds(lambda: compiled(hidden).sum().backward(), 8)
+        with torch.no_grad():
+            return milliseconds(lambda: compiled(hidden), 8)
+
+    return timed() / timed(num_iter=0)
+
+
+def cold_start_seconds() -> float:
+    """The first call, forward and backward, of a fresh process with an empty Triton cache."""
+    code = (
+        "import time, torch, gka_ops\n"
+        "q, k, v = (torch.randn(1, 256, 4, 128, device='cuda', dtype=torch.bfloat16, requires_grad=True)"
+        " for _ in range(3))\n"
+        "torch.cuda.synchronize(); start = time.perf_counter()\n"
+        "gka_ops.chunk_gka(q, k, v).output.sum().backward(); torch.cuda.synchronize()\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return float(result.stdout.split()[-1])
+
+
+def bars() -> list[Bar]:
+    training = make_inputs(2, 8192, grad=True)
+    serving = make_inputs(1, 8192, Hkv=8)
+    tiny = make_inputs(1, 64, 2)
+    tiny_step = make_inputs(1, 1, 2)
+    tiny_state = gka_ops.GKAState(*(torch.zeros(1, 2, 128, 128, device="cuda") for _ in range(2)))
+    n = ACCURATE_AS_AUTHORS
+
+    def solve() -> Any:
+        with torch.no_grad():
+            return gka_ops.chunk_solve(training.q, training.k, training.log_decay, training.beta, num_iter=30)
+
+    def long_ratio() -> float:
+        times = [milliseconds(forward_backward(make_inputs(1, length, grad=True)), 3) for length in (32768, 131072)]
+        return times[1] / times[0]
+
+    return [
+        Bar(f"chunk_gka forward, {n} iterations", "ms", 2.2, 1.5, lambda: milliseconds(forward(training, num_iter=n))),
+        Bar("chunk_gka forward, default tolerance", "ms", 2.6, 1.8, lambda: milliseconds(forward(training))),
+        Bar(
+            f"chunk_gka forward + backward, {n} iterations", "ms", 7.0, 5.0,
+            lambda: milliseconds(forward_backward(training, num_iter=n)),
+        ),
+        Bar("num_iter=0 forward", "ms", 0.55, 0.40, lambda: milliseconds(forward(training, num_iter=0))),
+        Bar(
+            "num_iter=0 forward + backward", "ms", 2.6, 1.8,
+            lambda: milliseconds(forward_backward(training, num_iter=0)),
+        ),
+        Bar("chunk_solve forward, 30 iterations", "ms", 2.5, 1.7, lambda: milliseconds(solve)),
+        Bar(
+            "peak extra memory, forward + backward", "MiB", 1150, 900,
+            lambda: peak_mebibytes(forward_backward(training)),
+        ),
+        Bar(
+            "prefill B1 T8192, 8 kv heads, state out", "ms", 1.3, 0.9,
+            lambda: milliseconds(forward(serving, output_final_state=True)),
+        ),
+        Bar("decode N=64, 8 kv heads, 30 iterations", "µs", 230, 195, lambda: decode_microseconds(64)),
+        Bar("decode N=256", "µs", 850, 760, lambda: decode_microseconds(256)),
+        Bar("decode N=1", "µs", 16, 10, lambda: decode_microseconds(1)),
+        Bar("B1 T131072 over T32768, forward + backward", "×", 4.2, 4.05, long_ratio),
+        Bar("layer forward over num_iter=0", "×", 1.4, 1.2, lambda: layer_ratio(False)),
+        Bar("layer training step over num_iter=0", "×", 1.6, 1.3, lambda: layer_ratio(True)),
+        Bar("first call, empty Triton cache", "s", 20, 10, cold_start_seconds),
+        Bar("host time of a chunk_gka forward", "µs", 80, 40, lambda: host_microseconds(forward(tiny))),
+        Bar(
+            "host time of a decode step", "µs", 30, 15,
+            lambda: host_microseconds(lambda: gka_ops.recurrent_gka(*tiny_step, state=tiny_state)),
+        ),
+    ]  # fmt: skip
+
+
+def errors() -> dict[str, dict[str, float]]:
+    """Errors of x, of the output and of each gradient at the two iteration counts timed (B1 T1024 H4)."""
+    inputs = make_inputs(1, 1024, 4, grad=True)
+    exact = Inputs(*(t.detach().double().requires_grad_() for t in inputs))
+    upstream = torch.randn_like(inputs.q)
+
+    def results(inputs: Inputs, **options: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            x = gka_ops.chunk_solve(inputs.q, inputs.k, inputs.log_decay, inputs.beta, **options).x
+        output = gka_ops.chunk_gka(*inputs, **options).output
+        gradients = torch.autograd.grad(output, inputs, upstream.to(output.dtype))
+        return {"x": x, "o": output, **{f"d{name}": g for name, g in zip(Inputs._fields, gradients, strict=True)}}
+
+    expected = results(exact, num_iter=160, impl="reference")
+    table = {}
+    for name, options in ((f"{ACCURATE_AS_AUTHORS} iterations", {"num_iter": ACCURATE_AS_AUTHORS}), ("default", {})):
+        row = {}
+        for key, value in results(inputs, **options).items():
+            difference = value.double() - expected[key]
+            if key in ("x", "o"):
+                error = difference.norm(dim=-1) / expected[key].norm(dim=-1)
+                row[f"{key} p50"], row[f"{key} p99"] = error.quantile(0.5).item(), error.quantile(0.99).item()
+            else:
+                row[key] = (difference.norm() / expected[key].norm()).item()
+        table[name] = row
+    return table
+
+
+def environment() -> dict[str, str]:
+    import triton
+
+    def of(*command: str) -> str:
+        result = subprocess.run(command, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to store the figures")
+    parser.add_argument("--only", default="", help="rows whose name contains one of these, separated by commas")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("perf.bars needs a CUDA card", file=sys.stderr)
+        return 2
+
+    rows = []
+    for bar in track(
+        [bar for bar in bars() if any(part in bar.name for part in arguments.only.split(","))],
+        "measuring",
+        console=Console(stderr=True),
+    ):
+        try:
+            value = bar.measure()
+            verdict = "reach" if value <= bar.reach else "met" if value <= bar.must else "missed"
+        except Exception as error:  # one row must not cost the others
+            value, verdict = float("nan"), f"failed: {error}"[:60]
+        rows.append({"what": bar.name, "unit": bar.unit, "measured": value, "must": bar.must, "reach": bar.reach,
+                     "verdict": verdict})  # fmt: skip
+        torch.cuda.empty_cache()
+    accuracy = errors()
+    print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    print(tabulate([{"": name, **row} for name, row in accuracy.items()], headers="keys", floatfmt=".1e"))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {**environment(), "rows": rows, "errors": accuracy}
+        arguments.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return 0 if all(row["verdict"] in ("met", "reach") for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
