@@ -7,6 +7,7 @@ of the operand class because all chunk kernels of one call must agree on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class RecurrentConfig:
     kernel: KernelConfig
 
 
+@cache
 def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands.
 
@@ -113,6 +115,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     )
 
 
+@cache
 def recurrent_config(padded_d: int, padded_v: int, is_fp32: bool) -> RecurrentConfig:
     """The configuration of a decode step."""
     return RecurrentConfig(
