@@ -22,7 +22,7 @@ PIP_INSTALL := $(RUN) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(
 STAMP := $(VENV)/.gka-ops-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format
+.PHONY: help demo test lint format perf
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ lint: $(STAMP) ## check style, formatting and types
 format: $(STAMP) ## apply the formatter and the safe fixes
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
+	$(RUN) -m perf.bars --json build/perf/bars.json
 
 # torch comes first and by its exact version, so that no later requirement makes pip choose another build of it. The package
 # is built with the pinned setuptools (no build isolation).

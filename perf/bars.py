@@ -264,7 +264,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
