@@ -1,8 +1,8 @@
 """Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
 
-A forward is the state pass (H_c and U_c), the solve and the read-out. A backward recomputes the
-chunk-start states, solves for the incoming gradient (stage A), scans the gradients of the states in reverse (stage
-B) and forms the gradients of keys, values and gates (stage C); docs/math.md §4.3.
+A forward is the state pass (H_c and U_c), the solve and the read-out. A backward recomputes the chunk-start states,
+goes back through the read-out and solves for the incoming gradient (stage A), gathers the gradients of the states
+(stage B) and forms those of keys, values and gates (stage C); docs/math.md §4.3.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
     if not p.qk_l2norm:
         return dx
     norm = torch.linalg.vector_norm(p.q.float(), dim=-1, keepdim=True)
-    unit = p.q.float() / norm.clamp(min=NORM_EPS)
+    unit = unsolved(p)
     radial = torch.where(norm > NORM_EPS, (unit * dx).sum(-1, keepdim=True), 0.0)
     return (dx - unit * radial) / norm.clamp(min=NORM_EPS)
 
@@ -417,8 +417,7 @@ def token_gradients(
         chunk_backward_key_kernel[p.chunk_grid](
             y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
             dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, BLOCK_S=p.config.block_s,
-            **part, **shared,
-            **p.config.backward_key.launch_options(),
+            **part, **shared, **p.config.backward_key.launch_options(),
         )  # fmt: skip
     return _TokenGradients(dk, dv, **finished)
 

@@ -40,19 +40,8 @@ def scale_rows(b):
 
 
 @triton.jit
-def dot_split(b_x, b_y, PRECISION: tl.constexpr):
-    """x @ y for fp32 x [M, K] and operand y [K, N], x split into two fp16 terms so that its rounding does not show."""
-    if b_y.dtype == tl.float16:
-        b_hi = b_x.to(tl.float16)
-        b_lo = (b_x - b_hi.to(tl.float32)).to(tl.float16)
-        return tl.dot(b_lo, b_y, tl.dot(b_hi, b_y))
-    else:
-        return tl.dot(b_x, b_y, input_precision=PRECISION)
-
-
-@triton.jit
 def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
-    """x @ yᵀ for operand x [M, K] and fp32 y [N, K], y split as in :func:`dot_split`."""
+    """x @ yᵀ for operand x [M, K] and fp32 y [N, K], y split into two fp16 terms so that its rounding does not show."""
     if b_x.dtype == tl.float16:
         b_hi = b_y.to(tl.float16)
         b_lo = (b_y - b_hi.to(tl.float32)).to(tl.float16)
@@ -482,7 +471,7 @@ def effective_query(b_q, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
     weight·rows. Only normalisation scales the rows, by 1/unit."""
     if QK_L2NORM:
         b_q, unit = scale_rows(b_q)
-        weight = 1 / row_norm(b_q, unit, NORM_EPS)
+        weight = query_weight(b_q, unit, QK_L2NORM, NORM_EPS)
     else:
         unit = tl.full((b_q.shape[0],), 1.0, tl.float32)
         weight = unit

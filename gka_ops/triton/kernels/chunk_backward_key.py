@@ -10,7 +10,6 @@ from gka_ops.triton.primitives import (
     decayed_max,
     diagonal_sum,
     dot_transposed_split,
-    key_weight,
     keys_times_state,
     load_log_decay,
     load_scalars,
@@ -24,7 +23,7 @@ from gka_ops.triton.primitives import (
     split_solution,
     store_gate_gradients,
     store_tile,
-    token_rows,
+    token_rows_of_chunk,
 )
 
 
@@ -86,9 +85,7 @@ def chunk_backward_key_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t, o_row, _ = token_rows(start, end, i_h, H, GROUP, C)
-    # Rows past the end repeat the last one, so that no tile needs a mask of rows: weights keep them out.
-    o_r = tl.minimum(o_c, end - start - 1)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
     first = start.to(tl.int64) * H + i_h
     first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
@@ -108,7 +105,7 @@ def chunk_backward_key_kernel(
     b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
     b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
     key_norm, length = pinned(row_norm(b_k, unit_k, NORM_EPS)), pinned(unit_k)
-    nu = tl.where(m_t, pinned(key_weight(b_k, unit_k, 1.0, QK_L2NORM, NORM_EPS)), 0.0)
+    nu = tl.where(m_t, pinned(query_weight(b_k, unit_k, QK_L2NORM, NORM_EPS)), 0.0)
     b_k = b_k.to(OPERAND)
     b_dk = tl.zeros((C, BLOCK_D), tl.float32)
     b_m = tl.zeros((C,), tl.float32)

@@ -20,7 +20,7 @@ from gka_ops.triton.primitives import (
     split_solution,
     store_gate_gradients,
     store_tile,
-    token_rows,
+    token_rows_of_chunk,
 )
 
 
@@ -84,9 +84,7 @@ def chunk_backward_value_kernel(
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
-    m_t, o_row, _ = token_rows(start, end, i_h, H, GROUP, C)
-    # Rows past the end repeat the last one, so that no tile needs a mask of rows: weights keep them out.
-    o_r = tl.minimum(o_c, end - start - 1)
+    m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
     first = start.to(tl.int64) * H + i_h
     first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
