@@ -398,36 +398,54 @@ def operator_weights(weight_h, unit_h, kappa, gamma, b_m):
 
 
 @triton.jit
+def add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION: tl.constexpr):
+    """s + (Ψ ∘ β d K̂ᵀ) K̂."""
+    b_scores = tl.dot(b_d, tl.trans(b_k), input_precision=PRECISION)
+    return tl.dot((b_scores * weight.to(tl.float32)).to(b_k.dtype) * b_psi, b_k, b_s, input_precision=PRECISION)
+
+
+@triton.jit
+def next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2):
+    """(d, β, ν) of the next Chebyshev step, from s = b − (B − δ) z."""
+    h2_nu = h2 * nu
+    c = 0.5 * h2_nu * weight.to(tl.float32)
+    nu = 1 / (2 * theta - h2_nu)
+    return c.to(b_d.dtype) * b_d + (b_s - delta * b_z).to(b_d.dtype), (2 * nu).to(b_d.dtype), nu
+
+
+@triton.jit
 def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexpr):
     """z ≈ B^{-1} b for rows b [C, BLOCK_D] fp32 by num_iter applications of B, increment form (MATH.md §3.1, 3.3).
 
     B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1]; without the middle term where ``b_k`` is None.
-    ``delta`` is a scalar or [C, 1]. The increment is rounded to the operand type before anything uses it, so r stays
-    the true residual of z. φ and Ψ are rounded to it too, once: 64 registers hold z, 64 hold r, and what else must
-    live through the loop decides whether it spills.
+    ``delta`` is a scalar or [C, 1].
+
+    The increments are β d with d <- c d + r, one product an entry: β = 2ν, but ν in the first. β and d are rounded to
+    the operand type before anything uses them, so that r = b − B z stays true; only the products' weights φ and Ψ
+    carry errors. The products accumulate s = r + δ z, which nothing else touches: K̂'s is still under way while z
+    takes the increment and the operand of Ĥ's is formed.
     """
     theta = 0.5 * (1 + delta)
     h2 = 0.25 * (1 - delta) * (1 - delta)
     nu = 1 / theta
-    b_d = (nu * b_b).to(b_h.dtype)
+    weight = nu.to(b_h.dtype)
+    b_d = b_b.to(b_h.dtype)
     b_z = tl.zeros(b_b.shape, tl.float32)
-    b_r = b_b
+    b_s = b_b
     b_phi = (-phi).to(b_h.dtype)[:, None]
     if b_k is not None:
-        b_psi = b_psi.to(b_h.dtype)
-    for _ in range(num_iter):
+        b_psi = (-b_psi).to(b_h.dtype)
+        b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
+    for _ in range(num_iter - 1):
+        b_z += weight.to(tl.float32) * b_d.to(tl.float32)
+        b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
+        b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
         if b_k is not None:
-            # −d, not d: what is computed goes to the tensor cores from registers, a carried value by shared memory.
-            b_s = tl.dot(-b_d, tl.trans(b_k), input_precision=PRECISION)
-            b_r = tl.dot(b_s.to(b_h.dtype) * b_psi, b_k, b_r, input_precision=PRECISION)
-        b_r = tl.dot(b_d * b_phi, b_h, b_r, input_precision=PRECISION)
-        b_d32 = b_d.to(tl.float32)
-        b_z += b_d32
-        b_r -= delta * b_d32
-        nu_next = 1 / (2 * theta - h2 * nu)
-        b_d = (h2 * nu * nu_next * b_d32 + 2 * nu_next * b_r).to(b_h.dtype)
-        nu = nu_next
-    return b_z + b_d.to(tl.float32)
+            b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
+    b_z += weight.to(tl.float32) * b_d.to(tl.float32)
+    b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
+    b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
+    return b_z + weight.to(tl.float32) * b_d.to(tl.float32)
 
 
 @triton.jit
