@@ -398,6 +398,16 @@ def operator_weights(weight_h, unit_h, kappa, gamma, b_m):
 
 
 @triton.jit
+def certainly(i):
+    """True, which the compiler cannot know: 5 is no square modulo a power of two.
+
+    What stands under it is a block of its own and stays where it is written, next to a product under way; otherwise
+    the compiler moves it to after the wait for that product or a later one.
+    """
+    return i * i != 5
+
+
+@triton.jit
 def add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION: tl.constexpr):
     """s + (Ψ ∘ β d K̂ᵀ) K̂."""
     b_scores = tl.dot(b_d, tl.trans(b_k), input_precision=PRECISION)
@@ -436,8 +446,9 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
     if b_k is not None:
         b_psi = (-b_psi).to(b_h.dtype)
         b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
-    for _ in range(num_iter - 1):
-        b_z += weight.to(tl.float32) * b_d.to(tl.float32)
+    for i in range(num_iter - 1):
+        if certainly(i):
+            b_z += weight.to(tl.float32) * b_d.to(tl.float32)
         b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
         b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
         if b_k is not None:
