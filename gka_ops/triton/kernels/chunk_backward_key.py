@@ -8,12 +8,10 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_between,
     decayed_max,
-    diagonal_sum,
     dot_transposed_split,
     keys_times_state,
     load_log_decay,
     load_scalars,
-    load_state,
     load_tile,
     pinned,
     query_weight,
@@ -23,6 +21,7 @@ from gka_ops.triton.primitives import (
     split_solution,
     store_gate_gradients,
     store_tile,
+    sum_of_pieces,
     token_rows_of_chunk,
 )
 
@@ -47,7 +46,8 @@ def chunk_backward_key_kernel(
     dkk_units,  # [chunks, H] fp32
     dk_u,  # [tokens, H, D] fp32: the effective key's gradient through U, over β, or None
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
-    j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
+    j_u,  # [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
+    traces,  # [chunks, H, PIECES] fp32: <Ω⁺, H_c> + <Ξ⁺, U_c> in pieces, or None
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
     d_beta,  # out [tokens, H] or None
@@ -62,7 +62,7 @@ def chunk_backward_key_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     C: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -90,17 +90,10 @@ def chunk_backward_key_kernel(
     first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
     unit_r, unit_h = tl.load(dkk_units + i_state), tl.load(kk_units + i_state)
-    b_rh = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for i_d in range(BLOCK_D // BLOCK_N):
-        b_r = load_state(dkk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_h = load_state(kk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_rh = tl.dot(tl.trans(b_r), b_h, b_rh, input_precision=PRECISION)
-    r_h = unit_r * unit_h * diagonal_sum(b_rh, BLOCK_N)
-
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)
     c_end = tl.sum(b_g, axis=0)
-    gamma, tau, gamma_end = tl.exp(b_c), tl.exp(c_end - b_c), tl.exp(c_end)
+    gamma, tau = tl.exp(b_c), tl.exp(c_end - b_c)
     anticausal = o_c[:, None] <= o_c[None, :]
     b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
     b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
@@ -109,7 +102,9 @@ def chunk_backward_key_kernel(
     b_k = b_k.to(OPERAND)
     b_dk = tl.zeros((C, BLOCK_D), tl.float32)
     b_m = tl.zeros((C,), tl.float32)
-    j_next = gamma_end * r_h  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
+    j_next = 0.0  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
+    if traces is not None:
+        j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)
     m_v = tl.zeros((C,), tl.float32)
     if dk_u is not None:
         m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))

@@ -7,7 +7,6 @@ from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
     decay_between,
-    diagonal_sum,
     load_log_decay,
     load_scalars,
     load_state,
@@ -20,6 +19,7 @@ from gka_ops.triton.primitives import (
     split_solution,
     store_gate_gradients,
     store_tile,
+    sum_of_pieces,
     token_rows_of_chunk,
 )
 
@@ -38,14 +38,13 @@ def chunk_backward_value_kernel(
     x,  # [tokens, H, D]; read if SOLVE
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    kv,  # U_c [chunks, H, BLOCK_D, V_PAD]
-    kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dkv,  # Ξ⁺ [chunks, H, BLOCK_D, V_PAD]
     dkv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dv,  # out [tokens, H, V], per query head
     dk_u,  # out [tokens, H, D] fp32: the effective key's gradient through U, over β; or None: none through H follows
     m_u,  # out [tokens, H] fp32: v·dv / β², with dk_u
-    j_u,  # out [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
+    j_u,  # out [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
+    traces,  # [chunks, H, PIECES] fp32: <Ξ⁺, U_c> in pieces, or None; read without dk_u
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
     d_beta,  # out [tokens, H] or None
@@ -64,6 +63,7 @@ def chunk_backward_value_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
+    PIECES: tl.constexpr,
     C: tl.constexpr,
     SOLVE: tl.constexpr,
     QK_L2NORM: tl.constexpr,
@@ -91,7 +91,7 @@ def chunk_backward_value_kernel(
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)
     c_end = tl.sum(b_g, axis=0)
-    tau, gamma_end = tl.exp(c_end - b_c), tl.exp(c_end)
+    tau = tl.exp(c_end - b_c)
     anticausal = o_c[:, None] <= o_c[None, :]
     b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
     b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
@@ -144,20 +144,16 @@ def chunk_backward_value_kernel(
 
     # V is read again rather than let dK live through the first loop: that would not fit the registers.
     b_dk = tl.zeros((C, BLOCK_D), tl.float32)
-    j_next = 0.0  # <Ξ⁺, U_end>
     for i_v in range(V_PAD // BLOCK_V):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        i_unit = i_state * (V_PAD // BLOCK_V) + i_v
-        b_xi, unit_xi = load_state(dkv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V), tl.load(dkv_units + i_unit)
-        b_u, unit_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V), tl.load(kv_units + i_unit)
-        b_xiu = tl.dot(tl.trans(b_xi), b_u, input_precision=PRECISION)
-        j_next += unit_xi * unit_u * diagonal_sum(b_xiu, BLOCK_V)
+        b_xi = load_state(dkv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+        unit_xi = tl.load(dkv_units + i_state * (V_PAD // BLOCK_V) + i_v)
         b_v, unit_v = scale_rows(load_tile(v + first_kv * V, o_r, o_v, H // GROUP * V, V, V_PAD).to(tl.float32))
         b_vxi = tl.dot(b_v.to(OPERAND), tl.trans(b_xi), input_precision=PRECISION)
         b_dk += b_vxi * (tau * pinned(unit_v) * unit_xi)[:, None]
     m_next = nu * tl.sum(b_dk * b_k.to(tl.float32), axis=1)
     b_m += m_next
-    j_next = gamma_end * j_next + tl.sum(b_beta * b_beta * m_next, axis=0)
+    j_next = tl.sum(b_beta * b_beta * m_next, axis=0)
     b_dm = tl.dot(b_pq, b_q, input_precision=PRECISION)
     if SOLVE:
         b_dm = tl.dot(b_pw, b_w, b_dm, input_precision=PRECISION)
@@ -168,6 +164,8 @@ def chunk_backward_value_kernel(
         tl.store(m_u + o_row, b_m, mask=m_t)
         tl.store(j_u + i_state, j_next)
     else:
+        if traces is not None:
+            j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)  # J⁺ = <Ξ⁺, U_end>
         store_gate_gradients(
             b_m, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row,
             m_t, i_h, i_state, MIN_LOG_DECAY,
