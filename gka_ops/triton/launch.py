@@ -408,11 +408,14 @@ def token_gradients(
         "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     dv = None
-    part: dict[str, Tensor | None] = {"dk_u": None, "m_u": None, "j_u": None}
+    part: dict[str, Tensor | None] = {"dk_u": None, "dk_u_units": None, "m_u": None, "j_u": None}
     if through_u:
         dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
         if through_h:
-            part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "m_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
+            part = {
+                "dk_u": p.new(p.B, p.T, p.H, p.D, dtype=p.operand), "dk_u_units": p.per_token(), "m_u": p.per_token(),
+                "j_u": p.new(p.chunks, p.H),
+            }  # fmt: skip
         chunk_backward_value_kernel[p.chunk_grid](
             d_output=d_output, v=p.v, alpha=p.alpha, dkv=incoming.kv.states, dkv_units=incoming.kv.units, dv=dv,
             scale=p.scale, **part, **shared, **p.values, **p.config.backward_value.launch_options(),

@@ -44,7 +44,8 @@ def chunk_backward_key_kernel(
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [tokens, H, D] fp32: the effective key's gradient through U, over β, or None
+    dk_u,  # [tokens, H, D] operand dtype, row-scaled: the effective key's gradient through U, over β, or None
+    dk_u_units,  # [tokens, H] fp32, with dk_u
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
     j_u,  # [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
     traces,  # [chunks, H, PIECES] fp32: <Ω⁺, H_c> + <Ξ⁺, U_c> in pieces, or None
@@ -170,5 +171,6 @@ def chunk_backward_key_kernel(
         m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
     if dk_u is not None:
-        b_dk += load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_dk_u = load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32)
+        b_dk += b_dk_u * pinned(load_scalars(dk_u_units, o_row, m_t, 0.0))[:, None]
     store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)

@@ -41,7 +41,9 @@ def chunk_backward_value_kernel(
     dkv,  # Ξ⁺ [chunks, H, BLOCK_D, V_PAD]
     dkv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dv,  # out [tokens, H, V], per query head
-    dk_u,  # out [tokens, H, D] fp32: the effective key's gradient through U, over β; or None: none through H follows
+    dk_u,  # out [tokens, H, D] operand dtype, row-scaled: the effective key's gradient through U, over β; or None:
+    # none through H follows
+    dk_u_units,  # out [tokens, H] fp32, with dk_u
     m_u,  # out [tokens, H] fp32: v·dv / β², with dk_u
     j_u,  # out [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
     traces,  # [chunks, H, PIECES] fp32: <Ξ⁺, U_c> in pieces, or None; read without dk_u
@@ -160,7 +162,9 @@ def chunk_backward_value_kernel(
     b_dk += b_dm * (scale * unit)[:, None]
 
     if dk_u is not None:
+        b_dk, unit = scale_rows(b_dk)
         store_tile(dk_u + first * D, b_dk, o_r, m_t, o_d, H * D, D, BLOCK_D)
+        tl.store(dk_u_units + o_row, unit, mask=m_t)
         tl.store(m_u + o_row, b_m, mask=m_t)
         tl.store(j_u + i_state, j_next)
     else:
