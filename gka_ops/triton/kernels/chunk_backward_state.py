@@ -13,6 +13,7 @@ from gka_ops.triton.primitives import (
     largest_entry,
     load_log_decay,
     load_query,
+    load_raw_rows,
     load_rows,
     load_scalars,
     pow2_floor,
@@ -148,6 +149,10 @@ def chunk_backward_state_kernel(
             else:
                 b_wxn = b_xn * weight_x[:, None]
             b_wxn = b_wxn.to(OPERAND)
+    if THROUGH_U:  # a column block ahead
+        o_v = i_col * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_do = load_raw_rows(d_output, o_row, m_t & (i_col < V_PAD // BLOCK_V), o_v, V, V_PAD)
+    if THROUGH_H:
         b_omega = tl.dot(tl.trans(b_k), b_wkn.to(OPERAND), input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_wx), b_yn, b_omega, input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_y), b_wxn, b_omega, input_precision=PRECISION)
@@ -156,13 +161,16 @@ def chunk_backward_state_kernel(
     if THROUGH_U:
         weight = scale * gamma * unit_m
         for i_v in range(i_col, V_PAD // BLOCK_V, BLOCK_D // BLOCK_N):
-            o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            b_do = load_rows(d_output, o_row, m_t, o_v, V, V_PAD)
-            unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do), axis=1), axis=0))
+            i_next = i_v + BLOCK_D // BLOCK_N
+            o_v, o_next = i_v * BLOCK_V + tl.arange(0, BLOCK_V), i_next * BLOCK_V + tl.arange(0, BLOCK_V)
+            b_do_next = load_raw_rows(d_output, o_row, m_t & (i_next < V_PAD // BLOCK_V), o_next, V, V_PAD)
+            b_do32 = b_do.to(tl.float32)
+            unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do32), axis=1), axis=0))
             tl.store(dkv_units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
-            b_do = (b_do * (weight * inverse)[:, None]).to(OPERAND)
-            b_xi = tl.trans(tl.dot(tl.trans(b_do), b_mix, input_precision=PRECISION))
+            b_wdo = (b_do32 * (weight * inverse)[:, None]).to(OPERAND)
+            b_xi = tl.trans(tl.dot(tl.trans(b_wdo), b_mix, input_precision=PRECISION))
             tl.store(dkv + i_state * BLOCK_D * V_PAD + o_d[:, None] * V_PAD + o_v[None, :], b_xi.to(OPERAND))
+            b_do = b_do_next
 
 
 @triton.jit
