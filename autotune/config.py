@@ -29,7 +29,6 @@ class ChunkConfig:
 
     Attributes:
         chunk: C, tokens a chunk.
-        block_n: columns of a key-key state (of D) whose inner product is taken at a time.
         block_s: rows of a key-key state that the token gradients multiply the keys with at a time.
         block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
         block_state: columns of a state that one program of the forward state pass holds, at most.
@@ -39,7 +38,6 @@ class ChunkConfig:
     """
 
     chunk: int
-    block_n: int
     block_s: int
     block_v: int
     block_state: int
@@ -90,7 +88,6 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     token_warps = 8 if padded_d > 128 else 4 if padded_d > 32 else 2
     return ChunkConfig(
         chunk=32 if large else 64,
-        block_n=min(padded_d, 32 if padded_d > 128 else 64),
         block_s=min(padded_d, 32 if is_fp32 else 64) if large else padded_d,
         block_v=min(padded_v, 32 if large else 64),
         block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,
@@ -109,7 +106,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         backward_state=KernelConfig(
             num_warps=gradient_warps, num_stages=1, max_registers=None if is_fp32 or padded_d > 128 else 128
         ),
-        backward_scan=KernelConfig(num_warps=4, num_stages=1),
+        backward_scan=KernelConfig(num_warps=4, num_stages=1, max_registers=None if is_fp32 else 80),
         backward_value=KernelConfig(num_warps=token_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=token_warps, num_stages=1),
     )

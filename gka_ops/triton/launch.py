@@ -315,15 +315,18 @@ def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
 
 
 class _StateGradients(NamedTuple):
-    """Stage B's results: Ω⁺ and Ξ⁺ of every chunk, and the gradients of the initial states."""
+    """Stage B's results: Ω⁺ and Ξ⁺ of every chunk, the gradients of the initial states, and <Ω⁺, H_c> + <Ξ⁺, U_c> of
+    every chunk in pieces."""
 
     kk: _States
     kv: _States
+    traces: Tensor | None = None
+    pieces: int = 0
 
 
 def state_gradients(
-    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, d_final_kk: Tensor | None,
-    d_final_kv: Tensor | None,
+    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
+    d_final_kk: Tensor | None, d_final_kv: Tensor | None,
 ) -> _StateGradients:  # fmt: skip
     """Stage B: what each chunk adds by itself (B1), then the scan over chunks, in place (B2)."""
     want_kk, want_kv = p.solve or d_final_kk is not None, p.v is not None
@@ -355,15 +358,18 @@ def state_gradients(
     kv_rows = min(p.block_d, config.scan_entries // config.block_v)
     kk_pieces = p.block_d // kk_rows if want_kk else 0
     kv_pieces = v_blocks * (p.block_d // kv_rows) if want_kv else 0
-    chunk_backward_scan_kernel[(kk_pieces + kv_pieces, p.N * p.H)](
+    pieces = kk_pieces + kv_pieces
+    traces = None if p.log_decay is None else p.new(p.chunks, p.H, pieces)
+    chunk_backward_scan_kernel[(pieces, p.N * p.H)](
         dkk=dkk.states, dkk_units=dkk.units, dkv=dkv.states, dkv_units=dkv.units,
         increment_kk_units=increment_kk_units, increment_kv_units=increment_kv_units, decay=decay, w_first=w_first,
-        kk=kk.states if p.solve else None, kk_units=kk.units, d_final_kk=d_final_kk, d_final_kv=d_final_kv,
-        d_initial_kk=dkk.final, d_initial_kv=dkv.final, chunk_offsets=p.chunk_offsets, KK_ROWS=kk_rows,
-        KV_ROWS=kv_rows, KK_PIECES=kk_pieces, KV_PIECES=kv_pieces, **p.geometry, **p.values,
+        kk=kk.states if p.solve or traces is not None else None, kk_units=kk.units,
+        kv=None if traces is None else kv.states, kv_units=kv.units, traces=traces, d_final_kk=d_final_kk,
+        d_final_kv=d_final_kv, d_initial_kk=dkk.final, d_initial_kv=dkv.final, chunk_offsets=p.chunk_offsets,
+        KK_ROWS=kk_rows, KV_ROWS=kv_rows, KK_PIECES=kk_pieces, KV_PIECES=kv_pieces, **p.geometry, **p.values,
         **config.backward_scan.launch_options(),
     )  # fmt: skip
-    return _StateGradients(dkk, dkv)
+    return _StateGradients(dkk, dkv, traces, pieces)
 
 
 class _TokenGradients(NamedTuple):
@@ -378,8 +384,7 @@ class _TokenGradients(NamedTuple):
 
 
 def token_gradients(
-    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
-    incoming: _StateGradients,
+    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, incoming: _StateGradients,
 ) -> _TokenGradients:  # fmt: skip
     """Stage C: through U (C1), then through H (C2). Whichever runs last finishes dk, dβ and the gate's gradient."""
     dtype = p.q.dtype if p.group == 1 else torch.float32
@@ -399,24 +404,26 @@ def token_gradients(
         return _TokenGradients(dk.zero_(), None, **finished)
     shared = {
         "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": adjoint.pi, "dk": dk,
-        **finished, "GROUP": p.group, "SOLVE": p.solve,
+        **finished, "traces": incoming.traces, "PIECES": incoming.pieces, "GROUP": p.group, "SOLVE": p.solve,
         "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     dv = None
-    part: dict[str, Tensor | None] = {"dk_u": None, "m_u": None, "j_u": None}
+    part: dict[str, Tensor | None] = {"dk_u": None, "dk_u_units": None, "m_u": None, "j_u": None}
     if through_u:
         dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
         if through_h:
-            part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "m_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
+            part = {
+                "dk_u": p.new(p.B, p.T, p.H, p.D, dtype=p.operand), "dk_u_units": p.per_token(), "m_u": p.per_token(),
+                "j_u": p.new(p.chunks, p.H),
+            }  # fmt: skip
         chunk_backward_value_kernel[p.chunk_grid](
-            d_output=d_output, v=p.v, alpha=p.alpha, kv=kv.states, kv_units=kv.units, dkv=incoming.kv.states,
-            dkv_units=incoming.kv.units, dv=dv, scale=p.scale, **part, **shared, **p.values,
-            **p.config.backward_value.launch_options(),
+            d_output=d_output, v=p.v, alpha=p.alpha, dkv=incoming.kv.states, dkv_units=incoming.kv.units, dv=dv,
+            scale=p.scale, **part, **shared, **p.values, **p.config.backward_value.launch_options(),
         )  # fmt: skip
     if through_h:
         chunk_backward_key_kernel[p.chunk_grid](
             y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
-            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, BLOCK_S=p.config.block_s,
+            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_S=p.config.block_s,
             **part, **shared, **p.config.backward_key.launch_options(),
         )  # fmt: skip
     return _TokenGradients(dk, dv, **finished)
@@ -473,8 +480,8 @@ def _backward(
         elif solved.x is None or solved.x.numel() == 0:
             solved = solve(p, kk, p.operand)
         adjoint = adjoint_solve(p, grad, solved, kk, kv)
-        incoming = state_gradients(p, d_output, solved, adjoint, kk, d_final_kk, d_final_kv)
-        tokens = token_gradients(p, d_output, solved, adjoint, kk, kv, incoming)
+        incoming = state_gradients(p, d_output, solved, adjoint, kk, kv, d_final_kk, d_final_kv)
+        tokens = token_gradients(p, d_output, solved, adjoint, kk, incoming)
 
     def over_groups(per_query_head: Tensor | None, like: Tensor | None) -> Tensor:
         if per_query_head is None or like is None:

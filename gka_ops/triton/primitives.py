@@ -339,10 +339,10 @@ def load_state(p, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def diagonal_sum(b, N: tl.constexpr):
-    """Trace of b [N, N]."""
-    o_n = tl.arange(0, N)
-    return tl.sum(tl.sum(tl.where(o_n[:, None] == o_n[None, :], b, 0.0), axis=1), axis=0)
+def sum_of_pieces(p, i_state, PIECES: tl.constexpr):
+    """The sum of a chunk state's ``PIECES`` numbers."""
+    o = tl.arange(0, triton.next_power_of_2(PIECES))
+    return tl.sum(tl.load(p + i_state * PIECES + o, mask=o < PIECES, other=0.0), axis=0)
 
 
 @triton.jit

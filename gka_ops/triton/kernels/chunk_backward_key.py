@@ -8,7 +8,6 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_between,
     decayed_max,
-    diagonal_sum,
     dot_transposed_split,
     keys_times_state,
     load_log_decay,
@@ -23,6 +22,7 @@ from gka_ops.triton.primitives import (
     split_solution,
     store_gate_gradients,
     store_tile,
+    sum_of_pieces,
     token_rows_of_chunk,
 )
 
@@ -45,9 +45,11 @@ def chunk_backward_key_kernel(
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [tokens, H, D] fp32: the effective key's gradient through U, over β, or None
+    dk_u,  # [tokens, H, D] operand dtype, row-scaled: the effective key's gradient through U, over β, or None
+    dk_u_units,  # [tokens, H] fp32, with dk_u
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
-    j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
+    j_u,  # [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
+    traces,  # [chunks, H, PIECES] fp32: <Ω⁺, H_c> + <Ξ⁺, U_c> in pieces, or None
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
     d_beta,  # out [tokens, H] or None
@@ -62,7 +64,7 @@ def chunk_backward_key_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     C: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -89,91 +91,108 @@ def chunk_backward_key_kernel(
     first = start.to(tl.int64) * H + i_h
     first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
+    # Everything that the products with the states need is under way before anything waits.
     unit_r, unit_h = tl.load(dkk_units + i_state), tl.load(kk_units + i_state)
-    b_rh = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for i_d in range(BLOCK_D // BLOCK_N):
-        b_r = load_state(dkk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_h = load_state(kk, i_state, i_d, BLOCK_D, BLOCK_D, BLOCK_N)
-        b_rh = tl.dot(tl.trans(b_r), b_h, b_rh, input_precision=PRECISION)
-    r_h = unit_r * unit_h * diagonal_sum(b_rh, BLOCK_N)
-
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
+    b_beta = load_scalars(beta, o_row, m_t, 1.0)
+    if SOLVE:
+        b_wt, b_ys = load_scalars(w_local, o_row, m_t, 0.0), load_scalars(y_scale, o_row, m_t, 0.0)
+    b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
+    if BLOCK_S == BLOCK_D:
+        b_r = load_state(dkk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D)
+        if SOLVE:
+            b_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D)
+    b_k, unit_k = scale_rows(b_k.to(tl.float32))
     b_c = tl.cumsum(b_g, axis=0)
     c_end = tl.sum(b_g, axis=0)
-    gamma, tau, gamma_end = tl.exp(b_c), tl.exp(c_end - b_c), tl.exp(c_end)
+    gamma, tau = tl.exp(b_c), tl.exp(c_end - b_c)
     anticausal = o_c[:, None] <= o_c[None, :]
-    b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
-    b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
+    b_beta = pinned(b_beta)
     key_norm, length = pinned(row_norm(b_k, unit_k, NORM_EPS)), pinned(unit_k)
     nu = tl.where(m_t, pinned(query_weight(b_k, unit_k, QK_L2NORM, NORM_EPS)), 0.0)
     b_k = b_k.to(OPERAND)
-    b_dk = tl.zeros((C, BLOCK_D), tl.float32)
-    b_m = tl.zeros((C,), tl.float32)
-    j_next = gamma_end * r_h  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
-    m_v = tl.zeros((C,), tl.float32)
-    if dk_u is not None:
-        m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
-        j_next += tl.load(j_u + i_state)
-    if SOLVE:
-        b_wt = pinned(load_scalars(w_local, o_row, m_t, 0.0))
-        b_q, unit_q = scale_rows(load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32))
-        weight_q = pinned(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
-        b_w, along, across = split_solution(
-            load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D), x_scale, x_query, b_q, weight_q, o_row, m_t
+
+    weight_r = 2 * tau * unit_r
+    if BLOCK_S == BLOCK_D:
+        b_dk = tl.dot(b_k, b_r, input_precision=PRECISION)
+        if SOLVE:
+            b_kh = tl.dot(b_k, b_h, input_precision=PRECISION)
+        b_dk *= weight_r[:, None]
+    else:
+        b_dk = weight_r[:, None] * keys_times_state(
+            b_k, k + first_kv * D, unit_k, dkk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION
         )
+    m_r = 0.5 * nu * nu * tl.sum(b_dk * b_k.to(tl.float32), axis=1)
+    b_m = m_r
+    j_next = tl.sum(b_beta * b_beta * m_r, axis=0)  # J⁺ = <Ω⁺, H_end> + <Ξ⁺, U_end>
+    if SOLVE:
+        b_wt, b_ys = pinned(b_wt), pinned(b_ys)
+        weight_h = 2 * b_wt * gamma * unit_h
+        if BLOCK_S < BLOCK_D:
+            b_kh = keys_times_state(
+                b_k, k + first_kv * D, unit_k, kk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION
+            )
+        b_m += 0.5 * nu * nu * weight_h * tl.sum(b_kh * b_k.to(tl.float32), axis=1)
+        b_dk += b_kh * weight_h[:, None]
+
+        b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_y = load_tile(y + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_q, unit_q = scale_rows(b_q.to(tl.float32))
+        weight_q = pinned(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
+        b_w, along, across = split_solution(b_x, x_scale, x_query, b_q, weight_q, o_row, m_t)
         b_w = b_w.to(OPERAND)
         b_q = b_q.to(OPERAND)
-        b_ys = pinned(load_scalars(y_scale, o_row, m_t, 0.0))
         kappa_2 = 2 * b_beta * b_beta * nu * nu
         later = tl.maximum(b_ys * (tl.abs(along) + tl.abs(across)), tl.abs(b_wt) * kappa_2)
         bound = tl.maximum(decayed_max(b_c, later, True), tl.abs(b_wt) * decayed_max(-b_c, kappa_2, False))
+        # What falls 2^-40 below the products with the states does not show; dK in this unit stays finite.
+        bound = tl.maximum(bound, 2.0**-40 * (tl.abs(weight_r) + tl.abs(weight_h)))
         unit = pinned(score_unit(bound, BLOCK_D))
+        b_dk *= (1 / unit)[:, None]
 
+        # A weight of columns takes 16 registers, one of rows two: as few as will do, one product after the other.
         b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        b_decay = decay_between(b_c)
-        b_pk = b_gram * b_decay * tl.where(anticausal, b_wt[None, :], b_wt[:, None])  # W∘K Kᵀ
-        b_pk *= (1 / unit)[:, None] * kappa_2[None, :]
+        b_decay = decay_between(b_c) * (1 / unit)[:, None]
+        b_w_t = tl.where(anticausal, (b_wt * kappa_2)[None, :], b_wt[:, None] * kappa_2[None, :])
+        b_pk = b_gram * b_decay * b_w_t  # W∘K Kᵀ
         b_pairs = tl.sum(b_pk * b_gram, axis=1) * 0.5
-        b_pk = b_pk.to(OPERAND)
-        b_y = load_tile(y + first * D, o_r, o_d, H * D, D, BLOCK_D)
-        b_e = tl.where(anticausal, b_decay, 0.0) * (-1 / unit)[:, None] * b_ys[None, :]  # −Mᵀ in units of Y's rows
+        b_dk = tl.dot(b_pk.to(OPERAND), b_k, b_dk, input_precision=PRECISION)
+        b_e = tl.where(anticausal, -b_decay, 0.0)  # −Mᵀ
+        along, across = pinned(along * b_ys), pinned(across * b_ys)  # with the units of Y's rows
         b_kx = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * along[None, :]
         b_kx += tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION) * across[None, :]
-        b_py = (b_kx * b_e).to(OPERAND)
+        b_kx *= b_e
+        b_dk = tl.dot(b_kx.to(OPERAND), b_y.to(OPERAND), b_dk, input_precision=PRECISION)
         if y.dtype.element_ty == OPERAND:
-            b_ky = tl.dot(b_k, tl.trans(b_y), input_precision=PRECISION) * b_e
+            b_ky = tl.dot(b_k, tl.trans(b_y), input_precision=PRECISION)
         else:
-            b_ky = dot_transposed_split(b_k, b_y, PRECISION) * b_e
+            b_ky = dot_transposed_split(b_k, b_y, PRECISION)
         b_pairs += tl.sum(b_kx * b_ky, axis=1)
         b_m += nu * nu * unit * b_pairs
-        b_pq, b_pw = (b_ky * along[None, :]).to(OPERAND), (b_ky * across[None, :]).to(OPERAND)
-        b_dk = tl.dot(b_pk, b_k, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(b_py, b_y.to(OPERAND), b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(b_pq, b_q, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(b_pw, b_w, b_dk, input_precision=PRECISION)
+        b_ky *= b_e
+        b_dk = tl.dot((b_ky * along[None, :]).to(OPERAND), b_q, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot((b_ky * across[None, :]).to(OPERAND), b_w, b_dk, input_precision=PRECISION)
         b_dk *= unit[:, None]
 
-    b_k32 = b_k.to(tl.float32)
-    p_k = k + first_kv * D
-    b_kr = keys_times_state(b_k, p_k, unit_k, dkk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION)
-    k_r_k = nu * nu * tau * unit_r * tl.sum(b_kr * b_k32, axis=1)
-    b_m += k_r_k
-    j_next += tl.sum(b_beta * b_beta * k_r_k, axis=0)
-    b_dk += b_kr * (2 * tau * unit_r)[:, None]
-    if SOLVE:
-        b_kh = keys_times_state(b_k, p_k, unit_k, kk, i_state, o_r, H // GROUP * D, D, BLOCK_D, BLOCK_S, PRECISION)
-        b_m += nu * nu * b_wt * gamma * unit_h * tl.sum(b_kh * b_k32, axis=1)
-        b_dk += b_kh * (2 * b_wt * gamma * unit_h)[:, None]
+    m_v = tl.zeros((C,), tl.float32)
+    if dk_u is not None:
+        b_dk_u = load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        weight_u = pinned(load_scalars(dk_u_units, o_row, m_t, 0.0))
+        m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
+        j_next += tl.load(j_u + i_state)
+    if traces is not None:
+        j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)
     b_dk *= nu[:, None]
     weight = b_beta * b_beta
     if QK_L2NORM:  # MATH.md §4.5, with k·dk from the sums above
         radial = tl.where(key_norm > NORM_EPS / length, 2 * b_m + m_v, 0.0)  # at or below ε the norm is constant
-        b_dk -= b_k32 * (nu * radial)[:, None]
+        b_dk -= b_k.to(tl.float32) * (nu * radial)[:, None]
         weight /= key_norm * length
     store_gate_gradients(
         b_m + m_v, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row,
         m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
     if dk_u is not None:
-        b_dk += load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_dk += b_dk_u.to(tl.float32) * weight_u[:, None]
     store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)

@@ -13,6 +13,7 @@ from gka_ops.triton.primitives import (
     largest_entry,
     load_log_decay,
     load_query,
+    load_raw_rows,
     load_rows,
     load_scalars,
     pow2_floor,
@@ -148,6 +149,10 @@ def chunk_backward_state_kernel(
             else:
                 b_wxn = b_xn * weight_x[:, None]
             b_wxn = b_wxn.to(OPERAND)
+    if THROUGH_U:  # a column block ahead
+        o_v = i_col * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_do = load_raw_rows(d_output, o_row, m_t & (i_col < V_PAD // BLOCK_V), o_v, V, V_PAD)
+    if THROUGH_H:
         b_omega = tl.dot(tl.trans(b_k), b_wkn.to(OPERAND), input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_wx), b_yn, b_omega, input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_y), b_wxn, b_omega, input_precision=PRECISION)
@@ -156,41 +161,47 @@ def chunk_backward_state_kernel(
     if THROUGH_U:
         weight = scale * gamma * unit_m
         for i_v in range(i_col, V_PAD // BLOCK_V, BLOCK_D // BLOCK_N):
-            o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            b_do = load_rows(d_output, o_row, m_t, o_v, V, V_PAD)
-            unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do), axis=1), axis=0))
+            i_next = i_v + BLOCK_D // BLOCK_N
+            o_v, o_next = i_v * BLOCK_V + tl.arange(0, BLOCK_V), i_next * BLOCK_V + tl.arange(0, BLOCK_V)
+            b_do_next = load_raw_rows(d_output, o_row, m_t & (i_next < V_PAD // BLOCK_V), o_next, V, V_PAD)
+            b_do32 = b_do.to(tl.float32)
+            unit, inverse = state_unit(2 * tl.sum(tl.abs(weight) * tl.max(tl.abs(b_do32), axis=1), axis=0))
             tl.store(dkv_units + i_state * (V_PAD // BLOCK_V) + i_v, unit)
-            b_do = (b_do * (weight * inverse)[:, None]).to(OPERAND)
-            b_xi = tl.trans(tl.dot(tl.trans(b_do), b_mix, input_precision=PRECISION))
+            b_wdo = (b_do32 * (weight * inverse)[:, None]).to(OPERAND)
+            b_xi = tl.trans(tl.dot(tl.trans(b_wdo), b_mix, input_precision=PRECISION))
             tl.store(dkv + i_state * BLOCK_D * V_PAD + o_d[:, None] * V_PAD + o_v[None, :], b_xi.to(OPERAND))
+            b_do = b_do_next
 
 
 @triton.jit
 def load_increment(
-    states, increment_units, decay, h, h_units, w_first, p_stored, i_state, i_r, BLOCK_D: tl.constexpr,
+    states, increment_units, decay, h, h_units, w_first, o_stored, i_state, i_r, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
-    """ΔS of a chunk with its unit, H_c with its weight, and the chunk's decay; zeros for what is None."""
+    """ΔS of a chunk with its unit, H_c with its unit and w_0, and the chunk's decay; zeros for what is None."""
     gamma_end = tl.load(decay + i_state)
-    p_chunk = i_state * BLOCK_D * R_PAD + p_stored
-    b_delta, unit_delta, b_h, weight_h = 0.0, 0.0, 0.0, 0.0
+    o_chunk = i_state * BLOCK_D * R_PAD
+    b_delta, unit_delta, b_h, unit_h, w_0 = 0.0, 0.0, 0.0, 0.0, 0.0
+    i_unit = i_state * (R_PAD // BLOCK_R) + i_r
     if increment_units is not None:
-        b_delta, unit_delta = tl.load(states + p_chunk), tl.load(increment_units + i_state * (R_PAD // BLOCK_R) + i_r)
+        b_delta, unit_delta = tl.load(states + o_chunk + o_stored), tl.load(increment_units + i_unit)
     if h is not None:
-        b_h, weight_h = tl.load(h + p_chunk), tl.load(w_first + i_state) * tl.load(h_units + i_state)
-    return b_delta, unit_delta, b_h, weight_h, gamma_end
+        b_h, unit_h = tl.load(h + o_chunk + o_stored), tl.load(h_units + i_unit)
+    if w_first is not None:
+        w_0 = tl.load(w_first + i_state)
+    return b_delta, unit_delta, b_h, unit_h, w_0, gamma_end
 
 
 @triton.jit
 def scan_sequence(
-    states, units, increment_units, decay, h, h_units, w_first, d_final, d_initial, cu_seqlens, chunk_offsets, T, H,
-    i_row, i_r, i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    states, units, increment_units, decay, h, h_units, w_first, traces, d_final, d_initial, cu_seqlens, chunk_offsets,
+    T, H, i_row, i_r, i_piece, i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, PIECES: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Rows ``i_row`` of column block ``i_r`` of the gradient S [BLOCK_D, R_PAD]: S⁻ = γ_C S⁺ + ΔS.
 
-    ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where ``h``
-    is given. S⁺ takes its place.
+    ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where
+    ``w_first`` is given. S⁺ takes its place, and the piece's share of <S⁺, H_c> goes to ``traces``.
     """
     i_n, i_h = i_nh // H, i_nh % H
     _, _, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
@@ -198,7 +209,7 @@ def scan_sequence(
     m_state = (o_d < D)[:, None] & (o_r < R)[None, :]
     p_nh = i_nh.to(tl.int64) * D * R
     p_state = p_nh + o_d[:, None] * R + o_r[None, :]
-    p_stored = o_d[:, None] * R_PAD + o_r[None, :]
+    o_stored = o_d[:, None] * R_PAD + o_r[None, :]
 
     b_s = tl.zeros((ROWS, BLOCK_R), tl.float32)
     bound = 0.0
@@ -214,25 +225,28 @@ def scan_sequence(
     i_first = first_chunk.to(tl.int64) * H + i_h
     i_state = tl.maximum(i_first + (n_chunks - 1) * H, i_first)
     increment = load_increment(
-        states, increment_units, decay, h, h_units, w_first, p_stored, i_state, i_r, BLOCK_D, BLOCK_R, R_PAD
+        states, increment_units, decay, h, h_units, w_first, o_stored, i_state, i_r, BLOCK_D, BLOCK_R, R_PAD
     )
     for _ in range(n_chunks):
         i_next = tl.maximum(i_state - H, i_first)
         increment_next = load_increment(
-            states, increment_units, decay, h, h_units, w_first, p_stored, i_next, i_r, BLOCK_D, BLOCK_R, R_PAD
+            states, increment_units, decay, h, h_units, w_first, o_stored, i_next, i_r, BLOCK_D, BLOCK_R, R_PAD
         )
         unit, inverse = state_unit(bound)
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_s * inverse).to(states.dtype.element_ty))
+        tl.store(states + i_state * BLOCK_D * R_PAD + o_stored, (b_s * inverse).to(states.dtype.element_ty))
         tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit, mask=i_row == 0)
-        b_delta, unit_delta, b_h, weight_h, gamma_end = increment
+        b_delta, unit_delta, b_h, unit_h, w_0, gamma_end = increment
+        if traces is not None:
+            trace = tl.sum(tl.sum(b_s * b_h.to(tl.float32), axis=1), axis=0)
+            tl.store(traces + i_state * PIECES + i_piece, unit_h * trace)
         b_s *= gamma_end
         bound *= gamma_end
         if increment_units is not None:  # stored entries are at most 8
             b_s += b_delta.to(tl.float32) * unit_delta
             bound += 8 * unit_delta
-        if h is not None:
-            b_s += b_h.to(tl.float32) * weight_h
-            bound += 8 * tl.abs(weight_h)
+        if w_first is not None:
+            b_s += b_h.to(tl.float32) * (w_0 * unit_h)
+            bound += 8 * tl.abs(w_0 * unit_h)
         increment = increment_next
         i_state = i_next
     if d_initial is not None:
@@ -249,8 +263,11 @@ def chunk_backward_scan_kernel(
     increment_kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     decay,  # [chunks, H] fp32: γ_C
     w_first,  # [chunks, H] fp32: w_0; read with increment_kk_units
-    kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D], or None with increment_kk_units
+    kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]; read with increment_kk_units or traces
     kk_units,  # [chunks, H] fp32
+    kv,  # U_c [chunks, H, BLOCK_D, V_PAD]; read with traces
+    kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
+    traces,  # out [chunks, H, KK_PIECES + KV_PIECES] fp32: every piece's share of <Ω⁺, H_c> + <Ξ⁺, U_c>, or None
     d_final_kk,  # [N, H, D, D] fp32 or None
     d_final_kv,  # [N, H, D, V] fp32 or None
     d_initial_kk,  # out [N, H, D, D] fp32 or None
@@ -275,14 +292,15 @@ def chunk_backward_scan_kernel(
     if KK_PIECES > 0:
         if i < KK_PIECES:
             scan_sequence(
-                dkk, dkk_units, increment_kk_units, decay, kk, kk_units, w_first, d_final_kk, d_initial_kk, cu_seqlens,
-                chunk_offsets, T, H, i, 0, i_nh, D, D, BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D, C, True,
+                dkk, dkk_units, increment_kk_units, decay, kk, kk_units, w_first, traces, d_final_kk, d_initial_kk,
+                cu_seqlens, chunk_offsets, T, H, i, 0, i, i_nh, D, D, BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D,
+                KK_PIECES + KV_PIECES, C, True,
             )  # fmt: skip
     if KV_PIECES > 0:
         if i >= KK_PIECES:
             i_piece = i - KK_PIECES
             scan_sequence(
-                dkv, dkv_units, increment_kv_units, decay, None, None, None, d_final_kv, d_initial_kv, cu_seqlens,
-                chunk_offsets, T, H, i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i_nh, D, V,
-                BLOCK_D, KV_ROWS, BLOCK_V, V_PAD, C, False,
+                dkv, dkv_units, increment_kv_units, decay, kv, kv_units, None, traces, d_final_kv, d_initial_kv,
+                cu_seqlens, chunk_offsets, T, H, i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i,
+                i_nh, D, V, BLOCK_D, KV_ROWS, BLOCK_V, V_PAD, KK_PIECES + KV_PIECES, C, False,
             )  # fmt: skip
