@@ -22,7 +22,7 @@ PIP_INSTALL := $(RUN) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(
 STAMP := $(VENV)/.gka-ops-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format perf
+.PHONY: help demo test lint format perf sanitize
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ format: $(STAMP) ## apply the formatter and the safe fixes
 
 perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
 	$(RUN) -m perf.bars --json build/perf/bars.json
+
+sanitize: $(STAMP) ## run compute-sanitizer over a few small tests of every kernel (CUDA card; see CONTRIBUTING.md)
+	tools/sanitize.sh $(RUN)
 
 # torch comes first and by its exact version, so that no later requirement makes pip choose another build of it. The package
 # is built with the pinned setuptools (no build isolation).

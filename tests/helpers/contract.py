@@ -34,27 +34,32 @@ ORACLE_ITERATIONS = 160  # 1/T_161(1.04) = 4e-20: the fp64 reference is then the
 
 @dataclass(frozen=True)
 class Bars:
-    """Largest relative errors at 30 iterations: of x and o at a quantile of tokens, of a gradient as a whole."""
+    """Largest relative errors at 30 iterations: of x (p99 over tokens), of o (a quantile), of a gradient as a whole."""
 
     x: float
     o: float
     gradient: float
-    quantile: str = "p99"
+    key_gradient: float
+    o_quantile: str = "p99"
 
 
-SIXTEEN_BIT = Bars(x=2e-3, o=2e-2, gradient=1e-2)
+SIXTEEN_BIT = Bars(x=2e-3, o=2e-2, gradient=1e-2, key_gradient=1e-2)
 """bf16 and fp16 inputs (fp16 operands)."""
 
-SHORT_MEMORY = Bars(x=2e-3, o=5e-2, gradient=2e-2)
-"""The same for a memory of a few tokens (mean decay 0.5 a token and more), where x is large outside the keys' span."""
+SHORT_MEMORY = Bars(x=2e-3, o=2e-2, gradient=1e-2, key_gradient=2e-2)
+"""The same for a memory of a few tokens (mean decay 0.5 a token and more), where x is large outside the keys' span: an
+exception for dk alone (docs/numerics.md, "Exceptions")."""
 
-ONE_DIRECTION = Bars(x=2e-3, o=2e-2, gradient=1e-2, quantile="p90")
-"""The same for one key repeated: o is then proportional to k·q, which vanishes for some tokens while the rounding
-of the operator's operands, of order u_16·|q|/ρ, does not. The relative error of those few tokens has no
-bound."""
+ONE_DIRECTION = Bars(x=2e-3, o=2e-2, gradient=1e-2, key_gradient=1e-2, o_quantile="p90")
+"""The same for one key repeated, an exception for o alone: it is then proportional to k·q, which vanishes for some
+tokens while the rounding of the operator's operands, of order u_16·|q|/ρ, does not. The relative error of those few
+tokens has no bound."""
 
 FP32 = Bars(
-    x=1.1 * guaranteed_factor(0.02, 30), o=5 * guaranteed_factor(0.02, 30), gradient=5 * guaranteed_factor(0.02, 30)
+    x=1.1 * guaranteed_factor(0.02, 30),
+    o=5 * guaranteed_factor(0.02, 30),
+    gradient=5 * guaranteed_factor(0.02, 30),
+    key_gradient=5 * guaranteed_factor(0.02, 30),
 )
 """fp32 inputs: truncation alone, which reaches gradients up to five times the guaranteed factor (docs/math.md §4.6)."""
 
@@ -152,12 +157,13 @@ def state_bar(dtype: torch.dtype) -> float:
 def check(errors: Errors, bars: Bars, dtype: torch.dtype) -> None:
     """Asserts the bars."""
     for name, error in errors.outputs.items():
-        bar = bars.x if name == "x" else bars.o
-        assert getattr(error, bars.quantile) <= bar, (name, error, bar)
+        bar, quantile = (bars.x, "p99") if name == "x" else (bars.o, bars.o_quantile)
+        assert getattr(error, quantile) <= bar, (name, error, bar)
     for name, value in errors.states.items():
         assert value <= state_bar(dtype), (name, value)
-    over = {name: value for name, value in errors.gradients.items() if not value <= bars.gradient}
-    assert not over, (over, bars.gradient)
+    limits = {name: bars.key_gradient if name == "k" else bars.gradient for name in errors.gradients}
+    over = {name: (value, limits[name]) for name, value in errors.gradients.items() if not value <= limits[name]}
+    assert not over, over
 
 
 def main() -> None:
