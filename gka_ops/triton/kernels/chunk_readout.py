@@ -7,11 +7,13 @@ from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
     decay_matrix,
+    dot_onto,
     key_weight,
     load_log_decay,
     load_scalars,
     load_state,
     load_tile,
+    pinned,
     query_weight,
     scale_rows,
     store_tile,
@@ -69,38 +71,46 @@ def chunk_readout_kernel(
     first = start.to(tl.int64) * H + i_h
     first_kv = start.to(tl.int64) * (H // GROUP) + i_h // GROUP
 
-    b_k, unit_k = scale_rows(load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D).to(tl.float32))
-    b_beta = load_scalars(beta, o_row, m_t, 1.0)
+    b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
+    b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    if x is not None:
+        b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
+    b_beta = pinned(load_scalars(beta, o_row, m_t, 1.0))
+
+    b_k, unit_k = scale_rows(b_k.to(tl.float32))
     kappa = tl.where(m_t, key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_k = b_k.to(OPERAND)
-    b_q, unit_q = scale_rows(load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32))
+    b_q, unit_q = scale_rows(b_q.to(tl.float32))
     weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
     b_q = b_q.to(OPERAND)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if x is not None:
-        b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
+        b_alpha = pinned(load_scalars(alpha, o_row, m_t, 1.0))
         weight_x = b_alpha
-        b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
         if x_scale is not None:
-            weight_x = b_alpha * load_scalars(x_scale, o_row, m_t, 0.0)
-            weight_q *= 1 - b_alpha + b_alpha * load_scalars(x_query, o_row, m_t, 0.0)
+            weight_x = b_alpha * pinned(load_scalars(x_scale, o_row, m_t, 0.0))
+            weight_q *= 1 - b_alpha + b_alpha * pinned(load_scalars(x_query, o_row, m_t, 0.0))
         else:
             weight_q *= 1 - b_alpha
         b_s = b_s * weight_q[:, None] + tl.dot(b_x, tl.trans(b_k), input_precision=PRECISION) * weight_x[:, None]
     else:
         b_s = b_s * weight_q[:, None]
 
-    b_c = tl.cumsum(load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY), axis=0)
+    b_c = tl.cumsum(b_g, axis=0)
     gamma = tl.exp(b_c)
     b_s *= decay_matrix(b_c, C) * (kappa * b_beta)[None, :]
     for i_v in range(V_PAD // BLOCK_V):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
         b_u = load_state(kv, i_state, i_v, V_PAD, BLOCK_D, BLOCK_V)
+        b_v = load_tile(v + first_kv * V, o_r, o_v, H // GROUP * V, V, V_PAD)
         unit_u = tl.load(kv_units + i_state * (V_PAD // BLOCK_V) + i_v)
         b_o = tl.dot(b_q, b_u, input_precision=PRECISION) * (weight_q * gamma * unit_u)[:, None]
         if x is not None:
             b_o += tl.dot(b_x, b_u, input_precision=PRECISION) * (weight_x * gamma * unit_u)[:, None]
-        b_v, unit_v = scale_rows(load_tile(v + first_kv * V, o_r, o_v, H // GROUP * V, V, V_PAD).to(tl.float32))
-        b_p, unit_p = scale_rows(b_s * unit_v[None, :])
-        b_o += tl.dot(b_p.to(OPERAND), b_v.to(OPERAND), input_precision=PRECISION) * unit_p[:, None]
+        b_p = b_s
+        if b_v.dtype != tl.bfloat16:  # bf16 rows are multiplied as they came in
+            b_v, unit_v = scale_rows(b_v.to(tl.float32))
+            b_v, b_p = b_v.to(OPERAND), b_s * unit_v[None, :]
+        b_o = dot_onto(b_o, b_p, b_v, PRECISION)
         store_tile(output + first * V, b_o * scale, o_r, m_t, o_v, H * V, V, V_PAD)
