@@ -90,13 +90,11 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         chunk=32 if large else 64,
         block_s=min(padded_d, 32 if is_fp32 else 64) if large else padded_d,
         block_v=min(padded_v, 32 if large else 64),
-        block_state=64 if not is_fp32 else 128 if padded_d <= 128 else 32,
+        block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,
         increment_columns=min(padded_d, 64 if is_fp32 else 128),
         scan_entries=2048,
         precision="tf32x3",
-        state=KernelConfig(
-            num_warps=8 if padded_d > 128 or (is_fp32 and max(padded_d, padded_v) > 64) else 4, num_stages=1
-        ),
+        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(
             num_warps=warps,

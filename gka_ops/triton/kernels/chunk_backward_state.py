@@ -149,17 +149,15 @@ def chunk_backward_state_kernel(
             else:
                 b_wxn = b_xn * weight_x[:, None]
             b_wxn = b_wxn.to(OPERAND)
-    if THROUGH_U:  # a column block ahead
-        o_v = i_col * BLOCK_V + tl.arange(0, BLOCK_V)
-        b_do = load_raw_rows(d_output, o_row, m_t & (i_col < V_PAD // BLOCK_V), o_v, V, V_PAD)
-    if THROUGH_H:
         b_omega = tl.dot(tl.trans(b_k), b_wkn.to(OPERAND), input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_wx), b_yn, b_omega, input_precision=PRECISION)
         b_omega = tl.dot(tl.trans(b_y), b_wxn, b_omega, input_precision=PRECISION)
         tl.store(dkk + i_state * BLOCK_D * BLOCK_D + o_d[:, None] * BLOCK_D + o_n[None, :], b_omega.to(OPERAND))
 
-    if THROUGH_U:
+    if THROUGH_U:  # dO is read a column block ahead
         weight = scale * gamma * unit_m
+        o_v = i_col * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_do = load_raw_rows(d_output, o_row, m_t & (i_col < V_PAD // BLOCK_V), o_v, V, V_PAD)
         for i_v in range(i_col, V_PAD // BLOCK_V, BLOCK_D // BLOCK_N):
             i_next = i_v + BLOCK_D // BLOCK_N
             o_v, o_next = i_v * BLOCK_V + tl.arange(0, BLOCK_V), i_next * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -8,9 +8,7 @@ from gka_ops.triton.primitives import (
     largest_entry,
     load_raw_rows,
     load_scalars,
-    pow2_inverse,
-    query_weight,
-    scale_rows,
+    scale_keys,
     sequence_bounds,
     state_unit,
 )
@@ -32,58 +30,20 @@ def load_chunk(
     k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
     R_PAD: tl.constexpr, C: tl.constexpr, SAME_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What one step reads of the C tokens from ``first``: their k and r rows as they are; g (raw) and β of the first
-    and of the second half of them. Tokens past the end have rows of zeros.
+    """What one step reads: which of the C tokens from ``first`` exist, their k and r rows as they are, g (raw) and β.
 
     Only a chunk's first row is counted in 64 bits.
     """
-    o_t, o_half = tl.arange(0, C), tl.arange(0, C // 2)
-    m_t, m_0, m_1 = first + o_t < end, first + o_half < end, first + C // 2 + o_half < end
+    o_t = tl.arange(0, C)
+    m_t = first + o_t < end
     row, row_kv = first.to(tl.int64) * H + i_h, first.to(tl.int64) * (H // GROUP) + i_h // GROUP
     b_k = load_raw_rows(k + row_kv * D, o_t * (H // GROUP), m_t, o_d, D, BLOCK_D)
     b_r = b_k
     if not SAME_ROWS:
         b_r = load_raw_rows(r + row_kv * R, o_t * (H // GROUP), m_t, o_r, R, R_PAD)
-    o_0, o_1 = row + o_half * H, row + C // 2 * H + o_half * H
-    g_0, g_1 = load_scalars(log_decay, o_0, m_0, 0.0), load_scalars(log_decay, o_1, m_1, 0.0)
-    beta_0, beta_1 = load_scalars(beta, o_0, m_0, 1.0), load_scalars(beta, o_1, m_1, 1.0)
-    return b_k, b_r, g_0, g_1, beta_0, beta_1
-
-
-@triton.jit
-def step_operands(
-    b_k, b_r, g_0, g_1, beta_0, beta_1, A_log, dt_bias, bound, unit, first, end, i_h, C: tl.constexpr,
-    OPERAND: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, SAME_ROWS: tl.constexpr, QK_L2NORM: tl.constexpr,
-    NORM_EPS: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
-):  # fmt: skip
-    """(left [C, BLOCK_D], right [C, BLOCK_R], factor, bound, unit) of S' = factor·S + leftᵀ right, in units of S'.
-
-    Nothing here depends on S. Half a chunk's scalars fill one warp, so sums over them need no other.
-    """
-    o_half = first + tl.arange(0, C // 2)
-    g_0 = effective_log_decay(g_0, A_log, dt_bias, o_half < end, i_h, MIN_LOG_DECAY)
-    g_1 = effective_log_decay(g_1, A_log, dt_bias, o_half + C // 2 < end, i_h, MIN_LOG_DECAY)
-    c_1 = tl.sum(g_1, axis=0)
-    c_end = tl.sum(g_0, axis=0) + c_1
-    gamma_end = tl.exp(c_end)
-    weight_0 = tl.exp(c_end - tl.cumsum(g_0, axis=0)) * beta_0 * beta_0  # τ β²
-    weight_1 = tl.exp(c_1 - tl.cumsum(g_1, axis=0)) * beta_1 * beta_1
-    weight = tl.reshape(tl.trans(tl.join(weight_0, weight_1)), (C,))
-    b_k, unit_k = scale_rows(b_k.to(tl.float32))
-    nu = query_weight(b_k, unit_k, QK_L2NORM, NORM_EPS)
-    weight *= nu
-    b_r = b_k if SAME_ROWS else b_r.to(tl.float32)
-    if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
-        weight *= nu
-        bound_update = 4 * tl.sum(weight, axis=0)
-    else:
-        bound_update = 2 * tl.sum(weight * tl.max(tl.abs(b_r), axis=1), axis=0)
-    bound = bound * gamma_end + bound_update
-    unit_next, inverse = fine_unit(bound)
-    weight *= inverse
-    if RIGHT_IS_KEY and not SAME_ROWS:
-        weight *= pow2_inverse(unit_k)
-    return b_k.to(OPERAND), (b_r * weight[:, None]).to(OPERAND), gamma_end * unit * inverse, bound, unit_next
+    b_g = load_scalars(log_decay, row + o_t * H, m_t, 0.0)
+    b_beta = load_scalars(beta, row + o_t * H, m_t, 1.0)
+    return m_t, b_k, b_r, b_g, b_beta
 
 
 @triton.jit
@@ -95,9 +55,7 @@ def walk_sequence(
 ):  # fmt: skip
     """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R.
 
-    S is accumulated in the units in which it is stored next. Each step multiplies what the last one prepared, and loads
-    and prepares what the next one multiplies. Operands that are carried from step to step go to the tensor cores by
-    shared memory; those formed in the same step would take registers on the way.
+    S is accumulated in the units in which it is stored next. Each step loads what the next one reads.
     """
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
@@ -107,7 +65,6 @@ def walk_sequence(
     p_stored = o_d[:, None] * R_PAD + o_r[None, :]
     o_unit = i_r * UNITS + tl.arange(0, UNITS)
     SAME_ROWS: tl.constexpr = RIGHT_IS_KEY and BLOCK_R == BLOCK_D
-    OPERAND: tl.constexpr = states.dtype.element_ty
 
     b_state = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     bound, unit = 0.0, 0.0
@@ -115,32 +72,48 @@ def walk_sequence(
         bound = largest_entry(initial + i_nh.to(tl.int64) * D * R, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
         unit, inverse = fine_unit(bound)
         b_state += tl.load(initial + p_state, mask=m_state, other=0.0) * inverse
-    b_k, b_r, g_0, g_1, beta_0, beta_1 = load_chunk(
+    m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
         k, r, log_decay, beta, start, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
     )
-    b_left, b_right, factor, bound, unit_next = step_operands(
-        b_k, b_r, g_0, g_1, beta_0, beta_1, A_log, dt_bias, bound, unit, start, end, i_h, C, OPERAND, RIGHT_IS_KEY,
-        SAME_ROWS, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
-    )  # fmt: skip
     for i_c in range(n_chunks):
-        first = start + (i_c + 1) * C
-        b_k, b_r, g_0, g_1, beta_0, beta_1 = load_chunk(
-            k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
-        )
+        m_t, b_k, b_r, b_g, b_beta = m_next, b_k_next, b_r_next, b_g_next, b_beta_next
+        m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
+            k, r, log_decay, beta, start + (i_c + 1) * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C,
+            SAME_ROWS,
+        )  # fmt: skip
         i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
-        b_unit = tl.full((UNITS,), unit * (1 / FINE), tl.float32)
+        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(states.dtype.element_ty))
+        b_unit = tl.full((UNITS,), unit / FINE, tl.float32)
         if RIGHT_IS_KEY:
             tl.store(units + i_state + o_unit, b_unit, mask=o_unit == 0)
         else:
             tl.store(units + i_state * (R_PAD // BLOCK_R * UNITS) + o_unit, b_unit)
 
-        b_state = tl.dot(tl.trans(b_left), b_right, b_state * factor, input_precision=PRECISION)
+        b_g = effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
+        c_end = tl.sum(b_g, axis=0)
+        gamma_end = tl.exp(c_end)
+        b_tau = tl.exp(c_end - tl.cumsum(b_g, axis=0))
+        b_k, kappa, unit_k = scale_keys(b_k.to(tl.float32), b_beta, QK_L2NORM, NORM_EPS)
+        if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
+            weight = b_tau * kappa * kappa
+            bound_update = 4 * tl.sum(weight, axis=0)
+            if SAME_ROWS:
+                b_r = b_k
+            else:
+                b_r = b_r.to(tl.float32) * (1 / unit_k)[:, None]
+        else:
+            b_r = b_r.to(tl.float32)
+            weight = b_tau * kappa * b_beta
+            bound_update = 2 * tl.sum(weight * tl.max(tl.abs(b_r), axis=1), axis=0)
+        bound = bound * gamma_end + bound_update
+        unit_next, inverse = fine_unit(bound)
+        b_state = tl.dot(
+            tl.trans(b_k.to(states.dtype.element_ty)),
+            (b_r * (weight * inverse)[:, None]).to(states.dtype.element_ty),
+            b_state * (gamma_end * unit * inverse),
+            input_precision=PRECISION,
+        )
         unit = unit_next
-        b_left, b_right, factor, bound, unit_next = step_operands(
-            b_k, b_r, g_0, g_1, beta_0, beta_1, A_log, dt_bias, bound, unit, first, end, i_h, C, OPERAND, RIGHT_IS_KEY,
-            SAME_ROWS, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
-        )  # fmt: skip
     if final is not None:
         tl.store(final + p_state, b_state * unit, mask=m_state)
 
@@ -164,8 +137,8 @@ def chunk_state_kernel(
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] first chunk of each sequence, or None
     T,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads per key/value head
+    H,
+    GROUP,  # query heads per key/value head
     D: tl.constexpr,
     V: tl.constexpr,
     BLOCK_D: tl.constexpr,
