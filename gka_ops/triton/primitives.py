@@ -88,35 +88,68 @@ def chunk_and_head(H):
 
 
 @triton.jit
-def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
-    """Chunk -> (sequence or -1, first token, end of the sequence). Tokens count through the batch."""
+def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C: tl.constexpr):
+    """Chunk of the slab -> (sequence or -1, first token, end of the sequence). Tokens count through the batch.
+
+    A slab is ``slab_chunks`` chunks from number ``slab_first``: of each sequence, one sequence after the other, or of
+    a packed batch, whose chunks are numbered through.
+    """
     if cu_seqlens is None:
-        n_chunks = tl.cdiv(T, C)
-        i_n = i_c // n_chunks
-        start = i_n * T + (i_c % n_chunks) * C
+        i_n = i_c // slab_chunks
+        start = i_n * T + (slab_first + i_c % slab_chunks) * C
         end = (i_n + 1) * T
     else:
-        i_n = tl.load(chunk_sequence + i_c).to(tl.int32)
+        number = slab_first + i_c
+        i_n = tl.load(chunk_sequence + number).to(tl.int32)
         first = tl.load(cu_seqlens + i_n).to(tl.int32)
         end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
-        start = first + (i_c - tl.load(chunk_offsets + i_n).to(tl.int32)) * C
+        start = first + (number - tl.load(chunk_offsets + i_n).to(tl.int32)) * C
     return i_n, start, end
 
 
 @triton.jit
-def sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
-    """Sequence -> (first token, end, first chunk, number of chunks)."""
+def sequence_bounds(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C: tl.constexpr):
+    """What a slab (:func:`chunk_bounds`) has of a sequence: (first token, end of the sequence, number of the first
+    chunk, its place in the slab, number of chunks).
+    """
+    i_n = i_nh // H
+    start, end, first, last = sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C)
+    number = tl.maximum(first, slab_first)
+    n_chunks = tl.maximum(tl.minimum(last, slab_first + slab_chunks) - number, 0)
+    place = tl.minimum(number - slab_first, slab_chunks - 1)  # in the slab even where it has nothing of the sequence
     if cu_seqlens is None:
-        n_chunks = tl.cdiv(T, C)
-        start = i_n * T
+        place += i_n * slab_chunks
+    return start + (number - first) * C, end, number, place, n_chunks
+
+
+@triton.jit
+def sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
+    """Sequence -> (first token, end, number of its first chunk, and of the chunk after its last)."""
+    if cu_seqlens is None:
+        start, first = i_n * T, 0
         end = start + T
-        first_chunk = i_n * n_chunks
     else:
         start = tl.load(cu_seqlens + i_n).to(tl.int32)
         end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
-        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int32)
-        n_chunks = tl.cdiv(end - start, C)
-    return start, end, first_chunk, n_chunks
+        first = tl.load(chunk_offsets + i_n).to(tl.int32)
+    return start, end, first, first + tl.cdiv(end - start, C)
+
+
+@triton.jit
+def sequence_ends(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C: tl.constexpr):
+    """Of a sequence in the slab: whether it begins here, or goes on from an earlier slab; and whether it ends here, or
+    goes on in a later one. All false where it is not in the slab. An empty sequence is where its first chunk would be.
+
+    Last, the row in [.., H] of what a sequence hands over from slab to slab. In a packed batch only one does.
+    """
+    i_n, row = i_nh // H, i_nh
+    _, _, first, last = sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C)
+    slab_end = slab_first + slab_chunks
+    present = (first < slab_end) & (tl.maximum(last, first + 1) > slab_first)
+    begins, ends = present & (first >= slab_first), present & (last <= slab_end)
+    if cu_seqlens is not None:
+        row = i_nh % H
+    return begins, present & (first < slab_first), ends, present & (last > slab_end), row.to(tl.int64)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_key_kernel(
     q,  # [tokens, H, D]
     k,  # [tokens, Hkv, D]
@@ -38,14 +38,14 @@ def chunk_backward_key_kernel(
     x,  # [tokens, H, D]; read if SOLVE
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    y,  # [tokens, H, D] row-scaled, operand dtype or fp32; read if SOLVE
+    y,  # [chunks, H, C, D] row-scaled, operand dtype or fp32; read if SOLVE
     y_scale,  # [tokens, H] fp32; read if SOLVE
     w_local,  # [tokens, H] fp32; read if SOLVE
     kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [tokens, H, D] fp32: the effective key's gradient through U, over β, or None
+    dk_u,  # [chunks, H, C, D] fp32: the effective key's gradient through U, over β, or None
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
     j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
     pi,  # [tokens, H] fp32
@@ -57,6 +57,8 @@ def chunk_backward_key_kernel(
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     T,
     H: tl.constexpr,
     GROUP: tl.constexpr,
@@ -80,7 +82,7 @@ def chunk_backward_key_kernel(
     taken over β, and what β and the gate need of it is m = (k·dk + v·dv) / 2β².
     """
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
@@ -135,7 +137,7 @@ def chunk_backward_key_kernel(
         b_pk *= (1 / unit)[:, None] * kappa_2[None, :]
         b_pairs = tl.sum(b_pk * b_gram, axis=1) * 0.5
         b_pk = b_pk.to(OPERAND)
-        b_y = load_tile(y + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_y = load_tile(y + i_state * C * D, o_r, o_d, D, D, BLOCK_D)
         b_e = tl.where(anticausal, b_decay, 0.0) * (-1 / unit)[:, None] * b_ys[None, :]  # −Mᵀ in units of Y's rows
         b_kx = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * along[None, :]
         b_kx += tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION) * across[None, :]
@@ -175,5 +177,5 @@ def chunk_backward_key_kernel(
         m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
     if dk_u is not None:
-        b_dk += load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_dk += load_tile(dk_u + i_state * C * D, o_r, o_d, D, D, BLOCK_D)
     store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)
