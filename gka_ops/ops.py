@@ -14,9 +14,10 @@ NOTE [Operator conventions]
     x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it
     is x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside
     the span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
-  * ``boundary_kk`` and ``boundary_kv`` [slabs − 1, B, H, D, D or V] (1 for B in a packed batch) are residuals of the
+  * ``boundary_kk`` and ``boundary_kv`` [(slabs − 1)·B·H·D, D or V] (1 for B in a packed batch) are residuals of the
     Triton implementation alone: the states where its backward starts anew (docs/adr/0007). A backward computes what it
-    needs and gets as an empty tensor, be it these or x.
+    needs and gets as an empty tensor, be it these or x. The number of slabs has no dimension to itself, because graphs
+    guard on whether a dimension is 1; whether there are two slabs or more they guard on all the same.
 
 NOTE [Autograd kernels]
   ``torch.library.register_autograd`` would do, were it not for ``torch.func``: the autograd.Function that it makes is
@@ -155,10 +156,10 @@ def _chunk_gka_fake(
         from gka_ops.triton.slabs import slab_count  # does not import Triton
 
         boundaries = slab_count(B, T, H, None if cu_seqlens is None else N) - 1
-        side_by_side = B if cu_seqlens is None else 1
-        boundary_kv = q.new_empty(boundaries, side_by_side, H, D, V, dtype=dtype)
+        rows = boundaries * (B if cu_seqlens is None else 1) * H * D
+        boundary_kv = q.new_empty(rows, V, dtype=dtype)
         if num_iter > 0 or output_final_state:
-            boundary_kk = q.new_empty(boundaries, side_by_side, H, D, D, dtype=dtype)
+            boundary_kk = q.new_empty(rows, D, dtype=dtype)
     return output, final_kk, final_kv, x, x_scale, x_query, fro, boundary_kk, boundary_kv
 
 

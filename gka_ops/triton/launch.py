@@ -187,6 +187,15 @@ class _Problem:
         rows = (*shape, self.side_by_side, self.H, self.D)
         return _Pair(self.new(*rows, self.D) if want_kk else None, None if self.v is None else self.new(*rows, self.V))
 
+    def boundary_states(self, want_kk: bool) -> _Pair:
+        """Room for the states at every boundary between slabs; zero where no sequence may go across."""
+        states = self.handed_over(want_kk, self.boundaries)
+        if self.cu_seqlens is not None or self.boundaries * self.slab_chunks >= self.length:
+            for state in states:
+                if state is not None:
+                    state.zero_()
+        return states
+
     def empty(self) -> Tensor:
         return self.q.new_empty(0, dtype=torch.float32)
 
@@ -261,11 +270,14 @@ def chunk_states(
 def boundary_states(p: _Problem, want_kk: bool, saved: _Pair) -> _Pair:
     """The states at the start of every slab but the first: as the forward saved them, or by a pass of their own."""
     kk, kv = (None if state is None or state.numel() == 0 else state for state in saved)
+    kk = kk if want_kk else None
     if (kk is None and want_kk) or (kv is None and p.v is not None):
-        saved = p.handed_over(want_kk, p.boundaries)
+        saved = p.boundary_states(want_kk)
         chunk_states(p, p.whole, want_kk, _NO_STATES, _NO_STATES, boundaries=saved)
         return saved
-    return _Pair(kk if want_kk else None, kv)
+    return _Pair(
+        *(None if state is None else state.view(p.boundaries, p.side_by_side, p.H, p.D, -1) for state in (kk, kv))
+    )
 
 
 class _Solved(NamedTuple):
@@ -539,7 +551,7 @@ def chunk_gka(
     with _on_device(q):
         want_kk = p.solve or output_final_state
         kk, kv = new_states(p, p.chunks(p.whole), want_kk, output_final_state)
-        boundaries = p.handed_over(want_kk, p.boundaries) if save_x else _NOTHING
+        boundaries = p.boundary_states(want_kk) if save_x else _NOTHING
         chunk_states(p, p.whole, want_kk, kk, kv, boundaries=boundaries if p.boundaries else _NOTHING)
         solved = _Solved()
         if p.solve:
@@ -549,7 +561,8 @@ def chunk_gka(
     if not save_x:
         solved = _Solved()
     x = q.new_empty(0, dtype=p.operand) if solved.x is None else solved.x
-    residuals = (x, *(_or_empty(p, t) for t in (solved.x_scale, solved.x_query, solved.fro, *boundaries)))
+    states = (None if state is None else state.flatten(0, 3) for state in boundaries)
+    residuals = (x, *(_or_empty(p, t) for t in (solved.x_scale, solved.x_query, solved.fro, *states)))
     return output, _or_empty(p, kk.final), _or_empty(p, kv.final), *residuals
 
 
