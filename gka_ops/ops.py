@@ -14,6 +14,10 @@ NOTE [Operator conventions]
     x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it
     is x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside
     the span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
+  * ``boundary_kk`` and ``boundary_kv`` [(slabs − 1)·B·H·D, D or V] (1 for B in a packed batch) are residuals of the
+    Triton implementation alone: the states where its backward starts anew (docs/adr/0007). A backward computes what it
+    needs and gets as an empty tensor, be it these or x. The number of slabs has no dimension to itself, because graphs
+    guard on whether a dimension is 1; whether there are two slabs or more they guard on all the same.
 
 NOTE [Autograd kernels]
   ``torch.library.register_autograd`` would do, were it not for ``torch.func``: the autograd.Function that it makes is
@@ -60,13 +64,14 @@ SCHEMAS: dict[str, str] = {
         f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, "
         f"Tensor? initial_kv, Tensor? cu_seqlens, {_SCALARS}, float scale, bool qk_l2norm, bool output_final_state, "
         "bool save_x, str impl) -> "
-        "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor x_query, "
-        "Tensor fro)"
+        "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, "
+        "Tensor boundary_kk, Tensor boundary_kv)"
     ),
     "chunk_gka_backward": (
         f"(Tensor d_output, Tensor? d_final_kk, Tensor? d_final_kv, {_KEYS}, Tensor v, Tensor? log_decay, "
         f"Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? initial_kv, Tensor? cu_seqlens, "
-        f"Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
+        "Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, Tensor boundary_kk, Tensor boundary_kv, "
+        f"{_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
         "(Tensor dq, Tensor dk, Tensor dv, Tensor d_log_decay, Tensor d_alpha, Tensor d_beta, Tensor d_ridge_scale, "
         "Tensor d_ridge_offset, Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk, Tensor d_initial_kv)"
     ),
@@ -146,14 +151,23 @@ def _chunk_gka_fake(
     x_scale = q.new_empty(B, T, H, dtype=dtype) if saves and saved == torch.float16 else _empty(q)
     x_query = torch.empty_like(x_scale)
     fro = q.new_empty(B, T, H, dtype=dtype) if saves else _empty(q)
-    return output, final_kk, final_kv, x, x_scale, x_query, fro
+    boundary_kk, boundary_kv = _empty(q), _empty(q)
+    if save_x and _runs_triton(q, impl):
+        from gka_ops.triton.slabs import slab_count  # does not import Triton
+
+        boundaries = slab_count(B, T, H, None if cu_seqlens is None else N) - 1
+        rows = boundaries * (B if cu_seqlens is None else 1) * H * D
+        boundary_kv = q.new_empty(rows, V, dtype=dtype)
+        if num_iter > 0 or output_final_state:
+            boundary_kk = q.new_empty(rows, D, dtype=dtype)
+    return output, final_kk, final_kv, x, x_scale, x_query, fro, boundary_kk, boundary_kv
 
 
 @torch.library.register_fake("gka::chunk_gka_backward", lib=_library)
 def _chunk_gka_backward_fake(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
-    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
-    qk_l2norm, impl,
+    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
+    ridge_offset, num_iter, scale, qk_l2norm, impl,
 ):  # fmt: skip
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
@@ -172,20 +186,24 @@ def _recurrent_gka_fake(
 
 
 # --------------------------------------------------------------------------------------------------------- dispatch
-def _backend(op: str, q: Tensor, impl: str) -> Any:
-    """The module that runs this call; both have one function per operator with the operator's own signature.
-
-    ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
-    """
-    validation.check_backend(op, impl, q)
+def _runs_triton(q: Tensor, impl: str) -> bool:
+    """``impl="auto"`` is Triton on CUDA where the kernels support the dtype and head sizes, the reference elsewhere."""
     from gka_ops.triton import checks  # does not import Triton
 
     if impl == "auto":
-        impl = "triton" if q.device.type == "cuda" and checks.unsupported_reason(q) is None else "reference"
-    if impl == "reference":
+        return q.device.type == "cuda" and checks.unsupported_reason(q) is None
+    return impl == "triton"
+
+
+def _backend(op: str, q: Tensor, impl: str) -> Any:
+    """The module that runs this call; both have one function per operator with the operator's own signature."""
+    validation.check_backend(op, impl, q)
+    if not _runs_triton(q, impl):
         from gka_ops.reference import backend
 
         return backend
+    from gka_ops.triton import checks
+
     checks.require_supported(q)
     from gka_ops.triton import launch
 
@@ -279,19 +297,21 @@ def _chunk_gka_setup(ctx, inputs, output):
 
 
 def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
-    *inputs, x, x_scale, x_query, fro = ctx.saved_tensors
+    *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv = ctx.saved_tensors
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm = ctx.scalars
     if ctx.recomputes:
         with torch.no_grad():
-            _, _, _, x, x_scale, x_query, fro = torch.ops.gka.chunk_gka(*inputs, *ctx.scalars, False, True, ctx.impl)
+            _, _, _, x, x_scale, x_query, fro, boundary_kk, boundary_kv = torch.ops.gka.chunk_gka(
+                *inputs, *ctx.scalars, False, True, ctx.impl
+            )
     if d_output is None:
         q, _, v = inputs[:3]
         d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
     d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
     d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
     gradients = torch.ops.gka.chunk_gka_backward(
-        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro,
-        ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, ctx.impl,
+        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
+        ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, ctx.impl,
     )  # fmt: skip
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 9
@@ -320,8 +340,8 @@ def _chunk_solve_backward_vjp(ctx, *cotangents):
 
 
 def _chunk_gka_backward_setup(ctx, inputs, output):
-    *tensors, _x, _x_scale, _x_query, _fro, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _impl = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _impl = inputs
+    ctx.save_for_backward(*tensors[:16])  # without what the forward saved
     ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
 
 
@@ -329,7 +349,7 @@ def _chunk_gka_backward_vjp(ctx, *cotangents):
     d_output, d_final_kk, d_final_kv, *inputs, cu_seqlens = ctx.saved_tensors
     double_backward, upstream = _double_backward("chunk_gka", d_output), (d_output, d_final_kk, d_final_kv)
     d_upstream, d_inputs = double_backward.chunk_gka(cotangents, upstream, inputs, cu_seqlens, *ctx.scalars)
-    return *d_upstream, *d_inputs, *[None] * 11
+    return *d_upstream, *d_inputs, *[None] * 13
 
 
 def _refuse_forward_mode(op: str) -> None:

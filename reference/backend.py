@@ -175,11 +175,12 @@ def chunk_gka(
     qk_l2norm: bool,
     output_final_state: bool,
     save_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """o [B, T, H, V] in the dtype of q, the final states, and with ``save_x`` what the backward needs.
 
     Returns:
-        (output, final_kk, final_kv, x, x_scale, x_query, fro); x packed for 16-bit inputs (:func:`pack_rows`).
+        (output, final_kk, final_kv, x, x_scale, x_query, fro, boundary_kk, boundary_kv); x packed for 16-bit inputs
+        (:func:`pack_rows`), the boundaries empty.
     """
     inputs = _inputs(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
@@ -192,7 +193,7 @@ def chunk_gka(
         if q.dtype in _SIXTEEN_BIT:
             x, x_scale, x_query = pack_rows(x, _query(q, qk_l2norm))
     final_kk, final_kv = (result.final_kk, result.final_kv) if output_final_state else (_empty(q), _empty(q))
-    return result.output.to(q.dtype), final_kk, final_kv, x, x_scale, x_query, fro
+    return result.output.to(q.dtype), final_kk, final_kv, x, x_scale, x_query, fro, _empty(q), _empty(q)
 
 
 def chunk_gka_backward(
@@ -216,6 +217,8 @@ def chunk_gka_backward(
     x_scale: Tensor,
     x_query: Tensor,
     fro: Tensor,
+    boundary_kk: Tensor,
+    boundary_kv: Tensor,
     ridge_scale: float,
     ridge_offset: float,
     num_iter: int,

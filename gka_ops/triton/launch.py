@@ -1,8 +1,9 @@
 """Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
 
-A forward is the state pass (H_c and U_c), the solve and the read-out. A backward recomputes the chunk-start states,
-goes back through the read-out and solves for the incoming gradient (stage A), gathers the gradients of the states
-(stage B) and forms those of keys, values and gates (stage C); docs/math.md §4.3.
+A forward is the state pass (H_c and U_c), the solve and the read-out. A backward works through slabs of chunks, from
+the last to the first (docs/adr/0007): it recomputes the chunk-start states, goes back through the read-out and solves
+for the incoming gradient (stage A), gathers the gradients of the states (stage B) and forms those of keys, values and
+gates (stage C); docs/math.md §4.3.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
+from gka_ops.triton.slabs import slab_count
 
 _MIN_BLOCK = 16  # the least extent of a tensor-core operand
 _TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
@@ -60,6 +62,29 @@ class _States(NamedTuple):
 _NO_STATES = _States(None, None, None)
 
 
+class _Pair(NamedTuple):
+    """Something of H and the same of U, where there is such a thing."""
+
+    kk: Tensor | None = None
+    kv: Tensor | None = None
+
+    def at(self, i: int) -> _Pair:
+        return _Pair(*(None if tensor is None else tensor[i] for tensor in self))
+
+
+_NOTHING = _Pair()
+
+
+class _Slab(NamedTuple):
+    """A run of chunks: of every sequence, side by side, or of a packed batch, whose chunks are numbered through."""
+
+    first: int
+    chunks: int
+
+    def geometry(self) -> dict[str, int]:
+        return {"slab_first": self.first, "slab_chunks": self.chunks}
+
+
 class _Problem:
     """The arguments of one call, its sizes, its configuration and its chunk tables."""
 
@@ -92,11 +117,17 @@ class _Problem:
         self.chunk_offsets: Tensor | None = None
         self.chunk_sequence: Tensor | None = None
         if cu_seqlens is None:
-            self.N, self.chunks = self.B, self.B * triton.cdiv(self.T, chunk)
+            self.N = self.side_by_side = self.B
+            self.length = triton.cdiv(self.T, chunk)
+            slabs = slab_count(self.B, self.T, self.H)
         else:
-            self.N = cu_seqlens.shape[0] - 1
-            self.chunks = self.tokens // chunk + self.N  # an upper bound that needs no read of the device
+            self.N, self.side_by_side = cu_seqlens.shape[0] - 1, 1
+            self.length = self.tokens // chunk + self.N  # an upper bound that needs no read of the device
             self._chunk_tables(cu_seqlens, chunk)
+            slabs = slab_count(1, self.tokens, self.H, self.N)
+        self.whole = _Slab(0, max(1, self.length))
+        self.boundaries = int(slabs) - 1
+        self.slab_chunks = triton.cdiv(self.whole.chunks, int(slabs))
 
         self.geometry = {
             "cu_seqlens": self.cu_seqlens, "T": self.T, "H": self.H, "D": self.D, "BLOCK_D": self.block_d, "C": chunk,
@@ -122,7 +153,7 @@ class _Problem:
         bounds[0], bounds[-1] = 0, self.tokens
         counts = (bounds.diff() + (chunk - 1)) // chunk
         ends = counts.cumsum(0)
-        index = torch.arange(self.chunks, device=cu_seqlens.device)
+        index = torch.arange(self.length, device=cu_seqlens.device)
         sequence = torch.searchsorted(ends, index, right=True)
         self.cu_seqlens = bounds
         self.chunk_offsets = ends - counts
@@ -138,9 +169,32 @@ class _Problem:
     def group(self) -> int:
         return self.H // self.Hkv
 
-    @property
-    def chunk_grid(self) -> tuple[int]:
-        return (self.chunks * self.H,)
+    def slabs(self) -> list[_Slab]:
+        return [
+            _Slab(first, min(self.slab_chunks, self.length - first))
+            for first in range(0, self.length, self.slab_chunks)
+        ]
+
+    def chunks(self, slab: _Slab) -> int:
+        """Places for chunks in a slab of all sequences."""
+        return self.side_by_side * min(slab.chunks, self.length)
+
+    def chunk_grid(self, slab: _Slab) -> tuple[int]:
+        return (self.chunks(slab) * self.H,)
+
+    def handed_over(self, want_kk: bool, *shape: int) -> _Pair:
+        """Room for ``shape`` of the fp32 states, or their gradients, that sequences hand over from slab to slab."""
+        rows = (*shape, self.side_by_side, self.H, self.D)
+        return _Pair(self.new(*rows, self.D) if want_kk else None, None if self.v is None else self.new(*rows, self.V))
+
+    def boundary_states(self, want_kk: bool) -> _Pair:
+        """Room for the states at every boundary between slabs; zero where no sequence may go across."""
+        states = self.handed_over(want_kk, self.boundaries)
+        if self.cu_seqlens is not None or self.boundaries * self.slab_chunks >= self.length:
+            for state in states:
+                if state is not None:
+                    state.zero_()
+        return states
 
     def empty(self) -> Tensor:
         return self.q.new_empty(0, dtype=torch.float32)
@@ -178,16 +232,27 @@ def _state_widths(p: _Problem, want_kk: bool) -> tuple[int, int]:
     return widths()
 
 
-def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States, _States]:
-    """H_c (if wanted) and U_c (if there are values) of every chunk, in one pass."""
+def new_states(p: _Problem, chunks: int, want_kk: bool, want_final: bool = False) -> tuple[_States, _States]:
+    """Room for H_c (if wanted) and U_c (if there are values) of so many chunks."""
     kk = kv = _NO_STATES
     if want_kk:
-        states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
-        kk = _States(states, p.new(p.chunks, p.H), p.new(p.N, p.H, p.D, p.D) if want_final else None)
+        states = p.new(chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
+        kk = _States(states, p.new(chunks, p.H), p.new(p.N, p.H, p.D, p.D) if want_final else None)
     if p.v is not None:
-        states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
-        units = p.new(p.chunks, p.H, p.v_pad // p.config.block_v)
+        states = p.new(chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
+        units = p.new(chunks, p.H, p.v_pad // p.config.block_v)
         kv = _States(states, units, p.new(p.N, p.H, p.D, p.V) if want_final else None)
+    return kk, kv
+
+
+def chunk_states(
+    p: _Problem, slab: _Slab, want_kk: bool, kk: _States, kv: _States, carry: _Pair = _NOTHING,
+    boundaries: _Pair = _NOTHING,
+) -> None:  # fmt: skip
+    """H_c (if wanted) and U_c (if there are values) of every chunk of a slab, in one pass.
+
+    ``carry``: the states at its start; ``boundaries``: room for those at the start of every slab but the first.
+    """
     block_n, block_r = _state_widths(p, want_kk)
     kk_blocks = p.block_d // block_n if want_kk else 0
     kv_blocks = 0 if p.v is None else p.v_pad // block_r
@@ -195,11 +260,24 @@ def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States,
         chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
             k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
             kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
-            chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=block_n, BLOCK_R=block_r,
-            KK_BLOCKS=kk_blocks, KV_BLOCKS=kv_blocks, **p.geometry, **p.values, **p.numerics,
-            **p.config.state.launch_options(),
+            carry_kk=carry.kk, carry_kv=carry.kv, boundary_kk=boundaries.kk, boundary_kv=boundaries.kv,
+            boundary_chunks=p.slab_chunks, chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=block_n,
+            BLOCK_R=block_r, KK_BLOCKS=kk_blocks, KV_BLOCKS=kv_blocks, OPERAND=_TRITON_DTYPES[p.operand],
+            **slab.geometry(), **p.geometry, **p.values, **p.numerics, **p.config.state.launch_options(),
         )  # fmt: skip
-    return kk, kv
+
+
+def boundary_states(p: _Problem, want_kk: bool, saved: _Pair) -> _Pair:
+    """The states at the start of every slab but the first: as the forward saved them, or by a pass of their own."""
+    kk, kv = (None if state is None or state.numel() == 0 else state for state in saved)
+    kk = kk if want_kk else None
+    if (kk is None and want_kk) or (kv is None and p.v is not None):
+        saved = p.boundary_states(want_kk)
+        chunk_states(p, p.whole, want_kk, _NO_STATES, _NO_STATES, boundaries=saved)
+        return saved
+    return _Pair(
+        *(None if state is None else state.view(p.boundaries, p.side_by_side, p.H, p.D, -1) for state in (kk, kv))
+    )
 
 
 class _Solved(NamedTuple):
@@ -214,21 +292,24 @@ class _Solved(NamedTuple):
         return {"x": self.x, "x_scale": self.x_scale, "x_query": self.x_query}
 
 
-def solve(p: _Problem, kk: _States, x_dtype: torch.dtype) -> _Solved:
-    """x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
+def new_solution(p: _Problem, x_dtype: torch.dtype) -> _Solved:
+    """Room for x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
     packed = x_dtype == torch.float16
-    solved = _Solved(
+    return _Solved(
         x=p.new(p.B, p.T, p.H, p.D, dtype=x_dtype), x_scale=p.per_token(packed), x_query=p.per_token(packed),
         fro=p.per_token(),
     )  # fmt: skip
+
+
+def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
+    """x and ‖H_t‖_F of the tokens of a slab."""
     if p.tokens == 0:
-        return solved
-    chunk_solve_kernel[p.chunk_grid](
+        return
+    chunk_solve_kernel[p.chunk_grid(slab)](
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
-        GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge, **p.geometry,
-        **p.numerics, **p.config.solve.launch_options(),
+        GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.ridge,
+        **p.geometry, **p.numerics, **p.config.solve.launch_options(),
     )  # fmt: skip
-    return solved
 
 
 def unsolved(p: _Problem) -> Tensor:
@@ -242,66 +323,162 @@ def read_out(p: _Problem, solved: _Solved, kv: _States) -> Tensor:
     output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
     if p.tokens == 0:
         return output
-    chunk_readout_kernel[p.chunk_grid](
+    chunk_readout_kernel[p.chunk_grid(p.whole)](
         q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **solved.stored_x(), kv=kv.states,
         kv_units=kv.units, output=output, scale=p.scale, GROUP=p.group, OPERAND=_TRITON_DTYPES[p.operand],
-        **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.readout.launch_options(),
+        **p.whole.geometry(), **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.readout.launch_options(),
     )  # fmt: skip
     return output
 
 
-class _Adjoint(NamedTuple):
-    """Stage A's results: gradients that are final, and what stages B and C read."""
+class _Gradients(NamedTuple):
+    """Gradients of whole tensors, which the slabs fill in; the keys' and values' per query head, the ridge's per token,
+    those of the gate's parameters as partial sums over chunks."""
 
     dq: Tensor
+    dk: Tensor
+    dv: Tensor | None
+    d_log_decay: Tensor | None
     d_alpha: Tensor | None
+    d_beta: Tensor | None
     d_ridge_scale: Tensor | None
     d_ridge_offset: Tensor | None
-    y: Tensor | None
-    y_scale: Tensor | None
-    w_local: Tensor | None
-    pi: Tensor
+    d_A_log: Tensor | None
+    d_dt_bias: Tensor | None
+    d_initial_kk: Tensor | None
+    d_initial_kv: Tensor | None
+
+    def of_gate(self, chunks: slice) -> dict[str, Tensor | None]:
+        """Stage C's parts, with the partial sums of a slab's chunks."""
+        return {
+            "d_beta": self.d_beta,
+            "d_log_decay": self.d_log_decay,
+            "d_A_log": None if self.d_A_log is None else self.d_A_log[chunks],
+            "d_dt_bias": None if self.d_dt_bias is None else self.d_dt_bias[chunks],
+        }
 
 
-def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _States) -> _Adjoint:
-    """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2).
+def new_gradients(p: _Problem, through_h: bool) -> _Gradients:
+    dtype = p.q.dtype if p.group == 1 else torch.float32
+    partial = p.A_log is not None
+    chunks = p.chunks(p.whole)
 
-    y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
-    fp32 for a solve alone, whose dx may be anything.
-    """
-    y_dtype = torch.float32 if p.v is None else p.operand
-    result = _Adjoint(
+    def like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.empty_like(tensor)
+
+    return _Gradients(
         dq=torch.empty_like(p.q),
-        d_alpha=None if p.alpha is None else torch.empty_like(p.alpha),
+        dk=p.new(p.B, p.T, p.H, p.D, dtype=dtype),
+        dv=None if p.v is None else p.new(p.B, p.T, p.H, p.V, dtype=dtype),
+        d_log_decay=like(p.log_decay),
+        d_alpha=like(p.alpha),
+        d_beta=like(p.beta),
         d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
         d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
-        y=p.new(p.B, p.T, p.H, p.D, dtype=y_dtype) if p.solve else None,
+        d_A_log=p.new(chunks, p.H).zero_() if partial else None,
+        d_dt_bias=p.new(chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
+        d_initial_kk=like(p.initial_kk) if through_h else None,
+        d_initial_kv=like(p.initial_kv) if p.v is not None else None,
+    )
+
+
+class _Pieces(NamedTuple):
+    """How the scan over chunks divides a gradient of states among programs: rows of a piece, pieces of a state."""
+
+    kk_rows: int
+    kv_rows: int
+    kk: int
+    kv: int
+
+    @property
+    def total(self) -> int:
+        return self.kk + self.kv
+
+
+def scan_pieces(p: _Problem, through_h: bool) -> _Pieces:
+    kk_rows = min(p.block_d, p.config.scan_entries // p.block_d)
+    kv_rows = min(p.block_d, p.config.scan_entries // p.config.block_v)
+    kv_pieces = 0 if p.v is None else p.v_pad // p.config.block_v * (p.block_d // kv_rows)
+    return _Pieces(kk_rows, kv_rows, p.block_d // kk_rows if through_h else 0, kv_pieces)
+
+
+class _Workspace(NamedTuple):
+    """What the stages leave for one another: buffers of one slab after the other, and scalars of all tokens, which
+    are too small to be worth a place in the slab."""
+
+    kk: _States
+    kv: _States
+    dkk: _States
+    dkv: _States
+    increment_kk_units: Tensor | None
+    increment_kv_units: Tensor | None
+    decay: Tensor
+    w_first: Tensor | None
+    pieces: _Pieces
+    traces: Tensor | None  # <Ω⁺, H_c> and <Ξ⁺, U_c> of every chunk in pieces, which only the gate's gradient needs
+    y: Tensor | None
+    rows: Tensor | None  # dMix (fp32) between the kernels of stage A, then dk_u between those of stage C
+    j_u: Tensor | None
+    y_scale: Tensor | None
+    w_local: Tensor | None
+    dk_u_units: Tensor | None
+    m_u: Tensor | None
+    pi: Tensor
+
+    def dk_u(self) -> Tensor | None:
+        """The key gradient through U in the operand dtype, in the place of dMix."""
+        return None if self.rows is None or self.kk.states is None else self.rows.view(self.kk.states.dtype)
+
+
+def new_workspace(p: _Problem, through_h: bool) -> _Workspace:
+    """y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
+    fp32 for a solve alone, whose dx may be anything."""
+    through_u = p.v is not None
+    chunks = p.chunks(_Slab(0, p.slab_chunks))
+    rows = (chunks, p.H, p.config.chunk, p.D)
+    pieces = scan_pieces(p, through_h)
+    kk, kv = new_states(p, chunks, through_h)
+    dkk, dkv = new_states(p, chunks, through_h)
+    return _Workspace(
+        kk=kk,
+        kv=kv,
+        dkk=dkk,
+        dkv=dkv,
+        increment_kk_units=p.new(chunks, p.H) if p.solve else None,
+        increment_kv_units=p.new(chunks, p.H, p.v_pad // p.config.block_v) if through_u else None,
+        decay=p.new(chunks, p.H),
+        w_first=p.new(chunks, p.H) if p.solve else None,
+        pieces=pieces,
+        traces=None if p.log_decay is None else p.new(chunks, p.H, pieces.total),
+        y=p.new(*rows, dtype=p.operand if through_u else torch.float32) if p.solve else None,
+        rows=p.new(*rows) if through_h and through_u else None,
+        j_u=p.new(chunks, p.H) if through_h and through_u else None,
         y_scale=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
+        dk_u_units=p.per_token(through_h and through_u),
+        m_u=p.per_token(through_h and through_u),
         pi=p.new(p.B, p.T, p.H),
     )
+
+
+def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _Workspace, out: _Gradients) -> None:
+    """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2)."""
     x = solved.stored_x()
-    dx: Tensor | None = grad
     if p.v is not None:
-        dx = p.new(p.B, p.T, p.H, p.D) if p.solve else None
-        chunk_backward_readout_kernel[p.chunk_grid](
-            d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=kv.states,
-            kv_units=kv.units, dm=dx, dq=result.dq, d_alpha=result.d_alpha, pi=result.pi,
-            scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.geometry,
-            **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
+        chunk_backward_readout_kernel[p.chunk_grid(slab)](
+            d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=w.kv.states,
+            kv_units=w.kv.units, dm=w.rows if p.solve else None, dq=out.dq, d_alpha=out.d_alpha, pi=w.pi,
+            scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(),
+            **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
         )  # fmt: skip
-    elif not p.solve:  # x = q
-        result.pi.zero_()
-        result.dq.copy_(query_gradient(p, grad))
     if p.solve:
-        chunk_backward_solve_kernel[p.chunk_grid](
-            dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x,
-            fro=solved.fro, kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
-            d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, w_local=result.w_local,
-            pi=result.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+        chunk_backward_solve_kernel[p.chunk_grid(slab)](
+            dx=grad if p.v is None else w.rows, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate,
+            alpha=p.alpha, beta=p.beta, **x, fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
+            y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
+            pi=w.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(),
             **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
         )  # fmt: skip
-    return result
 
 
 def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
@@ -314,119 +491,54 @@ def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
     return (dx - unit * radial) / norm.clamp(min=NORM_EPS)
 
 
-class _StateGradients(NamedTuple):
-    """Stage B's results: Ω⁺ and Ξ⁺ of every chunk, the gradients of the initial states, and <Ω⁺, H_c> + <Ξ⁺, U_c> of
-    every chunk in pieces."""
-
-    kk: _States
-    kv: _States
-    traces: Tensor | None = None
-    pieces: int = 0
-
-
 def state_gradients(
-    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, kv: _States,
-    d_final_kk: Tensor | None, d_final_kv: Tensor | None,
-) -> _StateGradients:  # fmt: skip
-    """Stage B: what each chunk adds by itself (B1), then the scan over chunks, in place (B2)."""
-    want_kk, want_kv = p.solve or d_final_kk is not None, p.v is not None
-    if not want_kk and not want_kv:
-        return _StateGradients(_NO_STATES, _NO_STATES)
+    p: _Problem, slab: _Slab, d_output: Tensor | None, solved: _Solved, d_final: _Pair, d_end: _Pair, d_start: _Pair,
+    w: _Workspace, out: _Gradients,
+) -> None:  # fmt: skip
+    """Stage B: Ω⁺ and Ξ⁺ of every chunk of a slab. What each chunk adds by itself (B1), then the scan over chunks, in
+    place (B2), from ``d_end`` at the slab's end to ``d_start`` at its start."""
     config = p.config
-    v_blocks = p.v_pad // config.block_v
-    dkk = dkv = _NO_STATES
-    increment_kk_units = increment_kv_units = None
-    if want_kk:
-        states = p.new(p.chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
-        d_initial = None if p.initial_kk is None else torch.empty_like(p.initial_kk)
-        dkk = _States(states, p.new(p.chunks, p.H), d_initial)
-        increment_kk_units = p.new(p.chunks, p.H) if p.solve else None
-    if want_kv:
-        states = p.new(p.chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
-        d_initial = None if p.initial_kv is None else torch.empty_like(p.initial_kv)
-        dkv = _States(states, p.new(p.chunks, p.H, v_blocks), d_initial)
-        increment_kv_units = p.new(p.chunks, p.H, v_blocks)
-    decay, w_first = p.new(p.chunks, p.H), p.new(p.chunks, p.H) if p.solve else None
-    chunk_backward_state_kernel[(*p.chunk_grid, p.block_d // config.increment_columns)](
-        d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=adjoint.y, y_scale=adjoint.y_scale,
-        w_local=adjoint.w_local, **p.gate, alpha=p.alpha, beta=p.beta, dkk=dkk.states, dkk_units=increment_kk_units,
-        dkv=dkv.states, dkv_units=increment_kv_units, decay=decay, w_first=w_first, scale=p.scale, GROUP=p.group,
-        BLOCK_N=config.increment_columns, THROUGH_H=p.solve, THROUGH_U=want_kv, OPERAND=_TRITON_DTYPES[p.operand],
-        **p.tables, **p.geometry, **p.values, **p.numerics, **config.backward_state.launch_options(),
+    chunk_backward_state_kernel[(*p.chunk_grid(slab), p.block_d // config.increment_columns)](
+        d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=w.y, y_scale=w.y_scale, w_local=w.w_local, **p.gate,
+        alpha=p.alpha, beta=p.beta, dkk=w.dkk.states, dkk_units=w.increment_kk_units, dkv=w.dkv.states,
+        dkv_units=w.increment_kv_units, decay=w.decay, w_first=w.w_first, scale=p.scale, GROUP=p.group,
+        BLOCK_N=config.increment_columns, THROUGH_H=p.solve, THROUGH_U=p.v is not None,
+        OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.values, **p.numerics,
+        **config.backward_state.launch_options(),
     )  # fmt: skip
-    kk_rows = min(p.block_d, config.scan_entries // p.block_d)
-    kv_rows = min(p.block_d, config.scan_entries // config.block_v)
-    kk_pieces = p.block_d // kk_rows if want_kk else 0
-    kv_pieces = v_blocks * (p.block_d // kv_rows) if want_kv else 0
-    pieces = kk_pieces + kv_pieces
-    traces = None if p.log_decay is None else p.new(p.chunks, p.H, pieces)
-    chunk_backward_scan_kernel[(pieces, p.N * p.H)](
-        dkk=dkk.states, dkk_units=dkk.units, dkv=dkv.states, dkv_units=dkv.units,
-        increment_kk_units=increment_kk_units, increment_kv_units=increment_kv_units, decay=decay, w_first=w_first,
-        kk=kk.states if p.solve or traces is not None else None, kk_units=kk.units,
-        kv=None if traces is None else kv.states, kv_units=kv.units, traces=traces, d_final_kk=d_final_kk,
-        d_final_kv=d_final_kv, d_initial_kk=dkk.final, d_initial_kv=dkv.final, chunk_offsets=p.chunk_offsets,
-        KK_ROWS=kk_rows, KV_ROWS=kv_rows, KK_PIECES=kk_pieces, KV_PIECES=kv_pieces, **p.geometry, **p.values,
-        **config.backward_scan.launch_options(),
+    chunk_backward_scan_kernel[(w.pieces.total, p.N * p.H)](
+        dkk=w.dkk.states, dkk_units=w.dkk.units, dkv=w.dkv.states, dkv_units=w.dkv.units,
+        increment_kk_units=w.increment_kk_units, increment_kv_units=w.increment_kv_units, decay=w.decay,
+        w_first=w.w_first, kk=w.kk.states if p.solve or w.traces is not None else None, kk_units=w.kk.units,
+        kv=None if w.traces is None else w.kv.states, kv_units=w.kv.units, traces=w.traces, d_final_kk=d_final.kk,
+        d_final_kv=d_final.kv, d_initial_kk=out.d_initial_kk, d_initial_kv=out.d_initial_kv, d_end_kk=d_end.kk,
+        d_end_kv=d_end.kv, d_start_kk=d_start.kk, d_start_kv=d_start.kv, chunk_offsets=p.chunk_offsets,
+        KK_ROWS=w.pieces.kk_rows, KV_ROWS=w.pieces.kv_rows, KK_PIECES=w.pieces.kk, KV_PIECES=w.pieces.kv,
+        **slab.geometry(), **p.geometry, **p.values, **config.backward_scan.launch_options(),
     )  # fmt: skip
-    return _StateGradients(dkk, dkv, traces, pieces)
-
-
-class _TokenGradients(NamedTuple):
-    """Stage C's results; the keys' and values' per query head, the gate's as partial sums over chunks."""
-
-    dk: Tensor
-    dv: Tensor | None
-    d_beta: Tensor | None
-    d_log_decay: Tensor | None
-    d_A_log: Tensor | None
-    d_dt_bias: Tensor | None
 
 
 def token_gradients(
-    p: _Problem, d_output: Tensor | None, solved: _Solved, adjoint: _Adjoint, kk: _States, incoming: _StateGradients,
-) -> _TokenGradients:  # fmt: skip
+    p: _Problem, slab: _Slab, d_output: Tensor | None, solved: _Solved, w: _Workspace, out: _Gradients
+) -> None:
     """Stage C: through U (C1), then through H (C2). Whichever runs last finishes dk, dβ and the gate's gradient."""
-    dtype = p.q.dtype if p.group == 1 else torch.float32
-    through_h, through_u = incoming.kk.states is not None, p.v is not None
-    partial = p.A_log is not None
-    dk = p.new(p.B, p.T, p.H, p.D, dtype=dtype)
-    finished: dict[str, Tensor | None] = {
-        "d_beta": None if p.beta is None else torch.empty_like(p.beta),
-        "d_log_decay": None if p.log_decay is None else torch.empty_like(p.log_decay),
-        "d_A_log": p.new(p.chunks, p.H).zero_() if partial else None,
-        "d_dt_bias": p.new(p.chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
-    }
-    if not through_h and not through_u:  # x = q, and nothing flows into the state: keys and gates have no part in it
-        for tensor in finished.values():
-            if tensor is not None:
-                tensor.zero_()
-        return _TokenGradients(dk.zero_(), None, **finished)
+    first = p.side_by_side * slab.first
     shared = {
-        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": adjoint.pi, "dk": dk,
-        **finished, "traces": incoming.traces, "PIECES": incoming.pieces, "GROUP": p.group, "SOLVE": p.solve,
-        "OPERAND": _TRITON_DTYPES[p.operand], **p.tables, **p.geometry, **p.numerics,
+        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": w.pi, "dk_u": w.dk_u(),
+        "dk_u_units": w.dk_u_units, "m_u": w.m_u, "j_u": w.j_u, "traces": w.traces, "PIECES": w.pieces.total,
+        "dk": out.dk, **out.of_gate(slice(first, first + p.chunks(slab))), "GROUP": p.group, "SOLVE": p.solve,
+        "OPERAND": _TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
-    dv = None
-    part: dict[str, Tensor | None] = {"dk_u": None, "dk_u_units": None, "m_u": None, "j_u": None}
-    if through_u:
-        dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
-        if through_h:
-            part = {
-                "dk_u": p.new(p.B, p.T, p.H, p.D, dtype=p.operand), "dk_u_units": p.per_token(), "m_u": p.per_token(),
-                "j_u": p.new(p.chunks, p.H),
-            }  # fmt: skip
-        chunk_backward_value_kernel[p.chunk_grid](
-            d_output=d_output, v=p.v, alpha=p.alpha, dkv=incoming.kv.states, dkv_units=incoming.kv.units, dv=dv,
-            scale=p.scale, **part, **shared, **p.values, **p.config.backward_value.launch_options(),
+    if p.v is not None:
+        chunk_backward_value_kernel[p.chunk_grid(slab)](
+            d_output=d_output, v=p.v, alpha=p.alpha, dkv=w.dkv.states, dkv_units=w.dkv.units, dv=out.dv, scale=p.scale,
+            **shared, **p.values, **p.config.backward_value.launch_options(),
         )  # fmt: skip
-    if through_h:
-        chunk_backward_key_kernel[p.chunk_grid](
-            y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
-            dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_S=p.config.block_s,
-            **part, **shared, **p.config.backward_key.launch_options(),
+    if w.dkk.states is not None:
+        chunk_backward_key_kernel[p.chunk_grid(slab)](
+            y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
+            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **p.config.backward_key.launch_options(),
         )  # fmt: skip
-    return _TokenGradients(dk, dv, **finished)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
@@ -443,8 +555,14 @@ def chunk_solve(
         cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm,
     )  # fmt: skip
     with _on_device(q):
-        kk, _ = chunk_states(p, p.solve or output_final_state, output_final_state)
-        solved = solve(p, kk, torch.float32) if p.solve else _Solved(unsolved(p), fro=p.new(p.B, p.T, p.H).zero_())
+        want_kk = p.solve or output_final_state
+        kk, kv = new_states(p, p.chunks(p.whole), want_kk, output_final_state)
+        chunk_states(p, p.whole, want_kk, kk, kv)
+        if p.solve:
+            solved = new_solution(p, torch.float32)
+            solve(p, p.whole, kk, solved)
+        else:
+            solved = _Solved(unsolved(p), fro=p.new(p.B, p.T, p.H).zero_())
     return solved.x, _or_empty(p, kk.final), solved.fro
 
 
@@ -457,31 +575,61 @@ def chunk_gka(
         initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
     )  # fmt: skip
     with _on_device(q):
-        kk, kv = chunk_states(p, p.solve or output_final_state, output_final_state)
-        solved = solve(p, kk, p.operand) if p.solve else _Solved()
+        want_kk = p.solve or output_final_state
+        kk, kv = new_states(p, p.chunks(p.whole), want_kk, output_final_state)
+        boundaries = p.boundary_states(want_kk) if save_x else _NOTHING
+        chunk_states(p, p.whole, want_kk, kk, kv, boundaries=boundaries if p.boundaries else _NOTHING)
+        solved = _Solved()
+        if p.solve:
+            solved = new_solution(p, p.operand)
+            solve(p, p.whole, kk, solved)
         output = read_out(p, solved, kv)
     if not save_x:
         solved = _Solved()
     x = q.new_empty(0, dtype=p.operand) if solved.x is None else solved.x
-    residuals = (x, _or_empty(p, solved.x_scale), _or_empty(p, solved.x_query), _or_empty(p, solved.fro))
+    states = (None if state is None else state.flatten(0, 3) for state in boundaries)
+    residuals = (x, *(_or_empty(p, t) for t in (solved.x_scale, solved.x_query, solved.fro, *states)))
     return output, _or_empty(p, kk.final), _or_empty(p, kv.final), *residuals
 
 
 def _backward(
-    p: _Problem, grad: Tensor, d_final_kk: Tensor | None, d_final_kv: Tensor | None, solved: _Solved,
+    p: _Problem, grad: Tensor, d_final: _Pair, solved: _Solved, boundaries: _Pair,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv."""
-    grad, d_final_kk, d_final_kv = grad.contiguous(), _contiguous(d_final_kk), _contiguous(d_final_kv)
+    """Gradients of q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv.
+
+    ``solved`` and ``boundaries`` are what the forward saved; what is missing of them is computed anew.
+    """
+    grad, d_final = grad.contiguous(), _Pair(*map(_contiguous, d_final))
     d_output = None if p.v is None else grad
+    through_h = p.solve or d_final.kk is not None
     with _on_device(p.q):
-        kk, kv = chunk_states(p, p.solve or d_final_kk is not None, False)
-        if not p.solve:
-            solved = _Solved()
-        elif solved.x is None or solved.x.numel() == 0:
-            solved = solve(p, kk, p.operand)
-        adjoint = adjoint_solve(p, grad, solved, kk, kv)
-        incoming = state_gradients(p, d_output, solved, adjoint, kk, kv, d_final_kk, d_final_kv)
-        tokens = token_gradients(p, d_output, solved, adjoint, kk, incoming)
+        out = new_gradients(p, through_h)
+        if p.v is None and not p.solve:  # x = q
+            out.dq.copy_(query_gradient(p, grad))
+        if through_h or p.v is not None:
+            w = new_workspace(p, through_h)
+            if p.v is None and not p.solve:
+                w.pi.zero_()
+            if not p.solve:
+                solved = _Solved()
+            solves_again = p.solve and (solved.x is None or solved.x.numel() == 0)
+            if solves_again:
+                solved = new_solution(p, p.operand)
+            slabs = p.slabs()
+            several = len(slabs) > 1
+            boundaries = boundary_states(p, through_h, boundaries) if several else _NOTHING
+            carried = [p.handed_over(through_h) if several else _NOTHING for _ in range(2)]  # gradients of states
+            for i, slab in reversed(list(enumerate(slabs))):
+                chunk_states(p, slab, through_h, w.kk, w.kv, carry=boundaries.at(max(i - 1, 0)))
+                if solves_again:
+                    solve(p, slab, w.kk, solved)
+                adjoint_solve(p, slab, grad, solved, w, out)
+                state_gradients(p, slab, d_output, solved, d_final, carried[i % 2], carried[(i + 1) % 2], w, out)
+                token_gradients(p, slab, d_output, solved, w, out)
+        else:  # nothing flows into the state: keys and gates have no part in it
+            for tensor in (out.dk, out.d_log_decay, out.d_beta):
+                if tensor is not None:
+                    tensor.zero_()
 
     def over_groups(per_query_head: Tensor | None, like: Tensor | None) -> Tensor:
         if per_query_head is None or like is None:
@@ -506,18 +654,18 @@ def _backward(
         return torch.zeros_like(initial) if d_initial is None else d_initial
 
     return (
-        adjoint.dq,
-        over_groups(tokens.dk, p.k),
-        over_groups(tokens.dv, p.v),
-        _or_empty(p, tokens.d_log_decay),
-        _or_empty(p, adjoint.d_alpha),
-        _or_empty(p, tokens.d_beta),
-        of_ridge(adjoint.d_ridge_scale, p.ridge_scale_tensor),
-        of_ridge(adjoint.d_ridge_offset, p.ridge_offset_tensor),
-        of_parameter(tokens.d_A_log, p.A_log),
-        of_parameter(tokens.d_dt_bias, p.dt_bias),
-        of_state(incoming.kk.final, p.initial_kk),
-        of_state(incoming.kv.final, p.initial_kv),
+        out.dq,
+        over_groups(out.dk, p.k),
+        over_groups(out.dv, p.v),
+        _or_empty(p, out.d_log_decay),
+        _or_empty(p, out.d_alpha),
+        _or_empty(p, out.d_beta),
+        of_ridge(out.d_ridge_scale, p.ridge_scale_tensor),
+        of_ridge(out.d_ridge_offset, p.ridge_offset_tensor),
+        of_parameter(out.d_A_log, p.A_log),
+        of_parameter(out.d_dt_bias, p.dt_bias),
+        of_state(out.d_initial_kk, p.initial_kk),
+        of_state(out.d_initial_kv, p.initial_kv),
     )
 
 
@@ -548,15 +696,15 @@ def chunk_solve_backward(
         gradients = _backward_of_nothing(inputs, d_final_kk, None, q)
     else:
         p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm)
-        gradients = _backward(p, dx, d_final_kk, None, _Solved(x, fro=fro))
+        gradients = _backward(p, dx, _Pair(d_final_kk), _Solved(x, fro=fro), _NOTHING)
     dq, dk, _, d_log_decay, _, d_beta, *rest, d_initial_kk, _ = gradients
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
 
 
 def chunk_gka_backward(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
-    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
-    qk_l2norm,
+    dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
+    ridge_offset, num_iter, scale, qk_l2norm,
 ):  # fmt: skip
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
@@ -567,7 +715,7 @@ def chunk_gka_backward(
     p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
     packed = x_scale.numel() > 0
     solved = _Solved(x, x_scale if packed else None, x_query if packed else None, fro)
-    return _backward(p, d_output, d_final_kk, d_final_kv, solved)
+    return _backward(p, d_output, _Pair(d_final_kk, d_final_kv), solved, _Pair(boundary_kk, boundary_kv))
 
 
 def recurrent_gka(

@@ -88,35 +88,68 @@ def chunk_and_head(H):
 
 
 @triton.jit
-def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C: tl.constexpr):
-    """Chunk -> (sequence or -1, first token, end of the sequence). Tokens count through the batch."""
+def chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C: tl.constexpr):
+    """Chunk of the slab -> (sequence or -1, first token, end of the sequence). Tokens count through the batch.
+
+    A slab is ``slab_chunks`` chunks from number ``slab_first``: of each sequence, one sequence after the other, or of
+    a packed batch, whose chunks are numbered through.
+    """
     if cu_seqlens is None:
-        n_chunks = tl.cdiv(T, C)
-        i_n = i_c // n_chunks
-        start = i_n * T + (i_c % n_chunks) * C
+        i_n = i_c // slab_chunks
+        start = i_n * T + (slab_first + i_c % slab_chunks) * C
         end = (i_n + 1) * T
     else:
-        i_n = tl.load(chunk_sequence + i_c).to(tl.int32)
+        number = slab_first + i_c
+        i_n = tl.load(chunk_sequence + number).to(tl.int32)
         first = tl.load(cu_seqlens + i_n).to(tl.int32)
         end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
-        start = first + (i_c - tl.load(chunk_offsets + i_n).to(tl.int32)) * C
+        start = first + (number - tl.load(chunk_offsets + i_n).to(tl.int32)) * C
     return i_n, start, end
 
 
 @triton.jit
-def sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
-    """Sequence -> (first token, end, first chunk, number of chunks)."""
+def sequence_bounds(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C: tl.constexpr):
+    """What a slab (:func:`chunk_bounds`) has of a sequence: (first token, end of the sequence, number of the first
+    chunk, its place in the slab, number of chunks).
+    """
+    i_n = i_nh // H
+    start, end, first, last = sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C)
+    number = tl.maximum(first, slab_first)
+    n_chunks = tl.maximum(tl.minimum(last, slab_first + slab_chunks) - number, 0)
+    place = tl.minimum(number - slab_first, slab_chunks - 1)  # in the slab even where it has nothing of the sequence
     if cu_seqlens is None:
-        n_chunks = tl.cdiv(T, C)
-        start = i_n * T
+        place += i_n * slab_chunks
+    return start + (number - first) * C, end, number, place, n_chunks
+
+
+@triton.jit
+def sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
+    """Sequence -> (first token, end, number of its first chunk, and of the chunk after its last)."""
+    if cu_seqlens is None:
+        start, first = i_n * T, 0
         end = start + T
-        first_chunk = i_n * n_chunks
     else:
         start = tl.load(cu_seqlens + i_n).to(tl.int32)
         end = tl.load(cu_seqlens + i_n + 1).to(tl.int32)
-        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int32)
-        n_chunks = tl.cdiv(end - start, C)
-    return start, end, first_chunk, n_chunks
+        first = tl.load(chunk_offsets + i_n).to(tl.int32)
+    return start, end, first, first + tl.cdiv(end - start, C)
+
+
+@triton.jit
+def sequence_ends(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C: tl.constexpr):
+    """Of a sequence in the slab: whether it begins here, or goes on from an earlier slab; and whether it ends here, or
+    goes on in a later one. All false where it is not in the slab. An empty sequence is where its first chunk would be.
+
+    Last, the row in [.., H] of what a sequence hands over from slab to slab. In a packed batch only one does.
+    """
+    i_n, row = i_nh // H, i_nh
+    _, _, first, last = sequence_chunks(i_n, T, cu_seqlens, chunk_offsets, C)
+    slab_end = slab_first + slab_chunks
+    present = (first < slab_end) & (tl.maximum(last, first + 1) > slab_first)
+    begins, ends = present & (first >= slab_first), present & (last <= slab_end)
+    if cu_seqlens is not None:
+        row = i_nh % H
+    return begins, present & (first < slab_first), ends, present & (last > slab_end), row.to(tl.int64)
 
 
 @triton.jit
@@ -124,17 +157,6 @@ def token_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
     """Of the C tokens from ``start``: which exist, their rows in [tokens, H] and in [tokens, Hkv] tensors."""
     o_t = start + tl.arange(0, C)
     return o_t < end, o_t.to(tl.int64) * H + i_h, o_t.to(tl.int64) * (H // GROUP) + i_h // GROUP
-
-
-@triton.jit
-def chunk_rows(start, end, i_h, H, GROUP, C: tl.constexpr):
-    """:func:`token_rows` in parts: which tokens exist, the chunk's first row in [tokens, H] and in [tokens, Hkv]
-    tensors, and the tokens' rows from there. Rows within a chunk need no 64 bits.
-    """
-    o_t = tl.arange(0, C)
-    HKV = H // GROUP
-    first = start.to(tl.int64)
-    return start + o_t < end, first * H + i_h, first * HKV + i_h // GROUP, o_t * H, o_t * HKV
 
 
 @triton.jit
@@ -181,12 +203,6 @@ def store_tile(p, b, o_r, m_t, o_d, stride, D: tl.constexpr, BLOCK_D: tl.constex
 def load_rows(p, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a token tensor [.., D] as fp32 [C, BLOCK_D]; zero outside."""
     return load_raw_rows(p, o_row, m_t, o_d, D, BLOCK_D).to(tl.float32)
-
-
-@triton.jit
-def store_rows(p, b, o_row, m_t, o_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    mask = m_t[:, None] if D == BLOCK_D else m_t[:, None] & (o_d < D)[None, :]
-    tl.store(p + o_row[:, None] * D + o_d[None, :], b.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_key_kernel(
     q,  # [tokens, H, D]
     k,  # [tokens, Hkv, D]
@@ -38,14 +38,14 @@ def chunk_backward_key_kernel(
     x,  # [tokens, H, D]; read if SOLVE
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    y,  # [tokens, H, D] row-scaled, operand dtype or fp32; read if SOLVE
+    y,  # [chunks, H, C, D] row-scaled, operand dtype or fp32; read if SOLVE
     y_scale,  # [tokens, H] fp32; read if SOLVE
     w_local,  # [tokens, H] fp32; read if SOLVE
     kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [tokens, H, D] operand dtype, row-scaled: the effective key's gradient through U, over β, or None
+    dk_u,  # [chunks, H, C, D] operand dtype, row-scaled: the effective key's gradient through U, over β, or None
     dk_u_units,  # [tokens, H] fp32, with dk_u
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
     j_u,  # [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
@@ -59,6 +59,8 @@ def chunk_backward_key_kernel(
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     T,
     H: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,7 +84,7 @@ def chunk_backward_key_kernel(
     taken over β, and what β and the gate need of it is m = (k·dk + v·dv) / 2β².
     """
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
@@ -137,7 +139,7 @@ def chunk_backward_key_kernel(
 
         b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
         b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
-        b_y = load_tile(y + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_y = load_tile(y + i_state * C * D, o_r, o_d, D, D, BLOCK_D)
         b_q, unit_q = scale_rows(b_q.to(tl.float32))
         weight_q = pinned(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
         b_w, along, across = split_solution(b_x, x_scale, x_query, b_q, weight_q, o_row, m_t)
@@ -177,7 +179,7 @@ def chunk_backward_key_kernel(
 
     m_v = tl.zeros((C,), tl.float32)
     if dk_u is not None:
-        b_dk_u = load_tile(dk_u + first * D, o_r, o_d, H * D, D, BLOCK_D)
+        b_dk_u = load_tile(dk_u + i_state * C * D, o_r, o_d, D, D, BLOCK_D)
         weight_u = pinned(load_scalars(dk_u_units, o_row, m_t, 0.0))
         m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
         j_next += tl.load(j_u + i_state)

@@ -22,7 +22,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_readout_kernel(
     d_output,  # [tokens, H, V]
     q,  # [tokens, H, D]
@@ -38,13 +38,15 @@ def chunk_backward_readout_kernel(
     x_query,  # [tokens, H] fp32; read with x_scale
     kv,  # U_c [chunks, H, BLOCK_D, V_PAD]
     kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
-    dm,  # out [tokens, H, D] fp32: rounding it off the keys' span would come back 1/ρ times as large; written if SOLVE
+    dm,  # out [chunks, H, C, D] fp32, if SOLVE: rounding it off the keys' span would come back 1/ρ times as large
     dq,  # out [tokens, H, D]; written unless SOLVE
     d_alpha,  # out [tokens, H] or None
     pi,  # out [tokens, H] fp32: (1 − α) q·dm, or q·dm unless SOLVE
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     scale,
     T,
     H: tl.constexpr,
@@ -64,7 +66,7 @@ def chunk_backward_readout_kernel(
 ):
     """One program does one chunk of one query head: dMix = s [diag(γ) dO U_cᵀ + (M ∘ dO Vᵀ) K]."""
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
@@ -101,7 +103,7 @@ def chunk_backward_readout_kernel(
     b_pi = tl.sum(b_dm * b_q, axis=1) * weight_q  # q·dm
     b_d_alpha = tl.zeros((C,), tl.float32)
     if SOLVE:
-        store_tile(dm + first * D, b_dm, o_r, m_t, o_d, H * D, D, BLOCK_D)
+        store_tile(dm + i_state * C * D, b_dm, tl.arange(0, C), m_t, o_d, D, D, BLOCK_D)
         b_d_alpha += tl.sum(b_dm * load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32), axis=1)
         if x_scale is not None:  # x = x_query·q + x_scale·x̂
             b_d_alpha *= load_scalars(x_scale, o_row, m_t, 1.0)

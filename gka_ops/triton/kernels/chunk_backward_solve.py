@@ -27,9 +27,21 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "num_iter"])
+@triton.jit
+def load_upstream(
+    dx, first_dm, first, o_r, o_d, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    THROUGH_READOUT: tl.constexpr,
+):  # fmt: skip
+    """Rows of dMix, which stage A1 left chunk by chunk, or of dLoss/dx."""
+    if THROUGH_READOUT:
+        return load_tile(dx + first_dm * D, o_r, o_d, D, D, BLOCK_D)
+    else:
+        return load_tile(dx + first * D, o_r, o_d, H * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks", "num_iter"])
 def chunk_backward_solve_kernel(
-    dx,  # [tokens, H, D] fp32: dMix, or dLoss/dx unless THROUGH_READOUT
+    dx,  # fp32: dMix [chunks, H, C, D], or dLoss/dx [tokens, H, D] unless THROUGH_READOUT
     q,  # [tokens, H, D]
     k,  # [tokens, Hkv, D]
     log_decay,  # [tokens, H] or None
@@ -46,7 +58,7 @@ def chunk_backward_solve_kernel(
     kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]
     kk_units,  # [chunks, H] fp32
     dq,  # out [tokens, H, D]
-    y,  # out [tokens, H, D] row-scaled, operand dtype or fp32
+    y,  # out [chunks, H, C, D] row-scaled, operand dtype or fp32
     y_scale,  # out [tokens, H] fp32; 0 for a zero row, which no bound of stage B then counts
     d_ridge_scale,  # out [tokens, H] fp32 or None
     d_ridge_offset,  # out [tokens, H] fp32 or None
@@ -55,6 +67,8 @@ def chunk_backward_solve_kernel(
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     ridge_scale,
     ridge_offset,
     num_iter,
@@ -81,7 +95,7 @@ def chunk_backward_solve_kernel(
     stored rounded.
     """
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
@@ -96,7 +110,7 @@ def chunk_backward_solve_kernel(
     b_fro = load_scalars(fro, o_row, m_t, 0.0)
     b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
     b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
-    b_dx = load_tile(dx + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    b_dx = load_upstream(dx, i_state * C, first, o_r, o_d, H, D, BLOCK_D, THROUGH_READOUT)
 
     b_c = tl.cumsum(b_g, axis=0)
     b_k, unit_k = scale_rows(b_k.to(tl.float32))
@@ -119,14 +133,15 @@ def chunk_backward_solve_kernel(
     start = formed_anew(start, num_iter)
     m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)
     first = start.to(tl.int64) * H + i_h
+    first_y = formed_anew(i_state, num_iter) * C
     b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
     b_x = load_tile(x + first * D, o_r, o_d, H * D, D, BLOCK_D)
-    b_dx = load_tile(dx + first * D, o_r, o_d, H * D, D, BLOCK_D)
+    b_dx = load_upstream(dx, first_y, first, o_r, o_d, H, D, BLOCK_D, THROUGH_READOUT)
     b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
     if THROUGH_READOUT:  # dx = α dMix
         weight_y *= b_alpha
     b_scaled, unit_y = scale_rows(b_z)
-    store_tile(y + first * D, b_scaled, o_r, m_t, o_d, H * D, D, BLOCK_D)
+    store_tile(y + first_y * D, b_scaled, o_r, m_t, o_d, D, D, BLOCK_D)
     tl.store(y_scale + o_row, unit_y * weight_y, mask=m_t)
 
     b_q, weight_q, unit_q = effective_query(b_q.to(tl.float32), QK_L2NORM, NORM_EPS)

@@ -19,12 +19,13 @@ from gka_ops.triton.primitives import (
     pow2_floor,
     scale_rows,
     sequence_bounds,
+    sequence_ends,
     state_unit,
     token_rows,
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_state_kernel(
     d_output,  # [tokens, H, V]; read if THROUGH_U
     q,  # [tokens, H, D]; read if THROUGH_U, and with x_scale
@@ -32,7 +33,7 @@ def chunk_backward_state_kernel(
     x,  # [tokens, H, D], or None: m = q
     x_scale,  # [tokens, H] fp32 or None
     x_query,  # [tokens, H] fp32; read with x_scale
-    y,  # [tokens, H, D] row-scaled; read if THROUGH_H
+    y,  # [chunks, H, C, D] row-scaled; read if THROUGH_H
     y_scale,  # [tokens, H] fp32; read if THROUGH_H
     w_local,  # [tokens, H] fp32; read if THROUGH_H
     log_decay,  # [tokens, H] or None
@@ -49,6 +50,8 @@ def chunk_backward_state_kernel(
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     scale,
     T,
     H,
@@ -74,12 +77,14 @@ def chunk_backward_state_kernel(
     """
     i_c, i_h = chunk_and_head(H)
     i_col = tl.program_id(1)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
     o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BLOCK_D), i_col * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, o_row, o_kv = token_rows(start, end, i_h, H, GROUP, C)
+    if THROUGH_H:
+        y += i_state * C * D
 
     # Rows of x and Mix are of_q·q̂ + of_x·x̂ with scaled rows q̂, x̂, whose entries are below 2. The loads come first, so
     # that none waits for another; y, which nothing but the products needs, comes where registers are free again.
@@ -135,13 +140,13 @@ def chunk_backward_state_kernel(
         if x_scale is not None:
             b_wx += b_q * (of_q * weight_x)[:, None]
         b_wx = b_wx.to(OPERAND)
-        b_y = load_rows(y, o_row, m_t, o_d, D, BLOCK_D).to(OPERAND)
+        b_y = load_rows(y, o_c, m_t, o_d, D, BLOCK_D).to(OPERAND)
         if BLOCK_N == BLOCK_D:
             b_wkn = b_k.to(tl.float32) * weight_k[:, None]
             b_yn, b_wxn = b_y, b_wx
         else:
             b_wkn = load_rows(k, o_kv, m_t, o_n, D, BLOCK_D) * (weight_k / unit_k)[:, None]
-            b_yn = load_rows(y, o_row, m_t, o_n, D, BLOCK_D).to(OPERAND)
+            b_yn = load_rows(y, o_c, m_t, o_n, D, BLOCK_D).to(OPERAND)
             b_xn = load_rows(x, o_row, m_t, o_n, D, BLOCK_D)
             if x_scale is not None:
                 b_wxn = b_xn * (of_x * weight_x)[:, None]
@@ -192,35 +197,46 @@ def load_increment(
 
 @triton.jit
 def scan_sequence(
-    states, units, increment_units, decay, h, h_units, w_first, traces, d_final, d_initial, cu_seqlens, chunk_offsets,
-    T, H, i_row, i_r, i_piece, i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, PIECES: tl.constexpr, C: tl.constexpr, SYMMETRIC: tl.constexpr,
+    states, units, increment_units, decay, h, h_units, w_first, traces, d_final, d_initial, d_end, d_start, cu_seqlens,
+    chunk_offsets, slab_first, slab_chunks, T, H, i_row, i_r, i_piece, i_nh, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, PIECES: tl.constexpr,
+    C: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Rows ``i_row`` of column block ``i_r`` of the gradient S [BLOCK_D, R_PAD]: S⁻ = γ_C S⁺ + ΔS.
 
     ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where
-    ``w_first`` is given. S⁺ takes its place, and the piece's share of <S⁺, H_c> goes to ``traces``.
+    ``w_first`` is given. S⁺ takes its place, and the piece's share of <S⁺, H_c> goes to ``traces``. The first S⁺ comes
+    from the final state, or from the later slab (``d_end``); the last S⁻ belongs to the initial state, or to the
+    earlier slab (``d_start``).
     """
-    i_n, i_h = i_nh // H, i_nh % H
-    _, _, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
+    i_h = i_nh % H
+    _, _, _, place, n_chunks = sequence_bounds(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C)
+    begins, enters, ends, leaves, i_carry = sequence_ends(
+        i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C
+    )
     o_d, o_r = i_row * ROWS + tl.arange(0, ROWS), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_state = (o_d < D)[:, None] & (o_r < R)[None, :]
-    p_nh = i_nh.to(tl.int64) * D * R
-    p_state = p_nh + o_d[:, None] * R + o_r[None, :]
+    p_state = o_d[:, None] * R + o_r[None, :]
+    p_nh, p_carry = i_nh.to(tl.int64) * D * R, i_carry * D * R
     o_stored = o_d[:, None] * R_PAD + o_r[None, :]
 
     b_s = tl.zeros((ROWS, BLOCK_R), tl.float32)
     bound = 0.0
     if d_final is not None:
-        b_s += tl.load(d_final + p_state, mask=m_state, other=0.0)
-        if SYMMETRIC:
-            p_transposed = p_nh + o_r[None, :] * D + o_d[:, None]
-            b_s = 0.5 * (b_s + tl.load(d_final + p_transposed, mask=m_state, other=0.0))
-        bound = largest_entry(d_final + p_nh, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
+        if ends:
+            b_s += tl.load(d_final + p_nh + p_state, mask=m_state, other=0.0)
+            if SYMMETRIC:
+                p_transposed = p_nh + o_r[None, :] * D + o_d[:, None]
+                b_s = 0.5 * (b_s + tl.load(d_final + p_transposed, mask=m_state, other=0.0))
+            bound = largest_entry(d_final + p_nh, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
+    if d_end is not None:
+        if leaves:
+            b_s += tl.load(d_end + p_carry + p_state, mask=m_state, other=0.0)
+            bound = largest_entry(d_end + p_carry, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
 
     # A chunk ahead: what is read next is on its way while this chunk waits for its own. Without it the programs of a
     # card fall into a rhythm in which memory runs at a third of its rate.
-    i_first = first_chunk.to(tl.int64) * H + i_h
+    i_first = place.to(tl.int64) * H + i_h
     i_state = tl.maximum(i_first + (n_chunks - 1) * H, i_first)
     increment = load_increment(
         states, increment_units, decay, h, h_units, w_first, o_stored, i_state, i_r, BLOCK_D, BLOCK_R, R_PAD
@@ -248,10 +264,12 @@ def scan_sequence(
         increment = increment_next
         i_state = i_next
     if d_initial is not None:
-        tl.store(d_initial + p_state, b_s, mask=m_state)
+        tl.store(d_initial + p_nh + p_state, b_s, mask=m_state & begins)
+    if d_start is not None:
+        tl.store(d_start + p_carry + p_state, b_s, mask=m_state & enters)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_scan_kernel(
     dkk,  # in ΔΩ − w_0 H_c, out Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]; written if KK_PIECES
     dkk_units,  # out [chunks, H] fp32
@@ -270,8 +288,14 @@ def chunk_backward_scan_kernel(
     d_final_kv,  # [N, H, D, V] fp32 or None
     d_initial_kk,  # out [N, H, D, D] fp32 or None
     d_initial_kv,  # out [N, H, D, V] fp32 or None
+    d_end_kk,  # [N or 1, H, D, D] fp32: gradient at the slab's end of sequences that go on, or None: all end here
+    d_end_kv,  # [N or 1, H, D, V] fp32 or None
+    d_start_kk,  # out [N or 1, H, D, D] fp32: gradient at its start of sequences that began before, or None
+    d_start_kv,  # out [N or 1, H, D, V] fp32 or None
     cu_seqlens,
     chunk_offsets,
+    slab_first,
+    slab_chunks,
     T,
     H,
     D: tl.constexpr,
@@ -291,14 +315,15 @@ def chunk_backward_scan_kernel(
         if i < KK_PIECES:
             scan_sequence(
                 dkk, dkk_units, increment_kk_units, decay, kk, kk_units, w_first, traces, d_final_kk, d_initial_kk,
-                cu_seqlens, chunk_offsets, T, H, i, 0, i, i_nh, D, D, BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D,
-                KK_PIECES + KV_PIECES, C, True,
+                d_end_kk, d_start_kk, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H, i, 0, i, i_nh, D, D,
+                BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D, KK_PIECES + KV_PIECES, C, True,
             )  # fmt: skip
     if KV_PIECES > 0:
         if i >= KK_PIECES:
             i_piece = i - KK_PIECES
             scan_sequence(
                 dkv, dkv_units, increment_kv_units, decay, kv, kv_units, None, traces, d_final_kv, d_initial_kv,
-                cu_seqlens, chunk_offsets, T, H, i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i,
-                i_nh, D, V, BLOCK_D, KV_ROWS, BLOCK_V, V_PAD, KK_PIECES + KV_PIECES, C, False,
+                d_end_kv, d_start_kv, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H,
+                i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i, i_nh, D, V, BLOCK_D, KV_ROWS,
+                BLOCK_V, V_PAD, KK_PIECES + KV_PIECES, C, False,
             )  # fmt: skip

@@ -26,7 +26,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_backward_value_kernel(
     d_output,  # [tokens, H, V]
     q,  # [tokens, H, D]
@@ -43,7 +43,7 @@ def chunk_backward_value_kernel(
     dkv,  # Ξ⁺ [chunks, H, BLOCK_D, V_PAD]
     dkv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dv,  # out [tokens, H, V], per query head
-    dk_u,  # out [tokens, H, D] operand dtype, row-scaled: the effective key's gradient through U, over β; or None:
+    dk_u,  # out [chunks, H, C, D] operand dtype, row-scaled: the effective key's gradient through U, over β; or None:
     # none through H follows
     dk_u_units,  # out [tokens, H] fp32, with dk_u
     m_u,  # out [tokens, H] fp32: v·dv / β², with dk_u
@@ -58,6 +58,8 @@ def chunk_backward_value_kernel(
     cu_seqlens,
     chunk_offsets,
     chunk_sequence,
+    slab_first,
+    slab_chunks,
     scale,
     T,
     H: tl.constexpr,
@@ -83,7 +85,7 @@ def chunk_backward_value_kernel(
     Mix is never formed: its rows are sums of q̂ and ŵ (:func:`split_solution`), and so are the products with it.
     """
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h
@@ -166,7 +168,7 @@ def chunk_backward_value_kernel(
 
     if dk_u is not None:
         b_dk, unit = scale_rows(b_dk)
-        store_tile(dk_u + first * D, b_dk, o_r, m_t, o_d, H * D, D, BLOCK_D)
+        store_tile(dk_u + i_state * C * D, b_dk, o_r, m_t, o_d, D, D, BLOCK_D)
         tl.store(dk_u_units + o_row, unit, mask=m_t)
         tl.store(m_u + o_row, b_m, mask=m_t)
         tl.store(j_u + i_state, j_next)

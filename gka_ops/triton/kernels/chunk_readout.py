@@ -21,7 +21,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
 def chunk_readout_kernel(
     q,  # [tokens, H, D]
     k,  # [tokens, Hkv, D]
@@ -40,6 +40,8 @@ def chunk_readout_kernel(
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] or None
     chunk_sequence,  # [chunks] sequence of each chunk, -1 for unused, or None
+    slab_first,
+    slab_chunks,
     scale,
     T,
     H: tl.constexpr,
@@ -62,7 +64,7 @@ def chunk_readout_kernel(
     together with the part that the keys see.
     """
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h

@@ -27,7 +27,7 @@ from gka_ops.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "num_iter"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks", "num_iter"])
 def chunk_solve_kernel(
     q,  # [tokens, H, D]
     k,  # [tokens, Hkv, D]
@@ -46,6 +46,8 @@ def chunk_solve_kernel(
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] or None
     chunk_sequence,  # [chunks] sequence of each chunk, -1 for unused, or None
+    slab_first,
+    slab_chunks,
     ridge_scale,
     ridge_offset,
     num_iter,
@@ -67,7 +69,7 @@ def chunk_solve_kernel(
 ):
     """One program does one chunk of one query head: x_t = (H_t + λ_t I)⁻¹ q_t of its tokens."""
     i_c, i_h = chunk_and_head(H)
-    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, C)
+    i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
     i_state = i_c.to(tl.int64) * H + i_h

@@ -10,6 +10,7 @@ from gka_ops.triton.primitives import (
     load_scalars,
     scale_keys,
     sequence_bounds,
+    sequence_ends,
     state_unit,
 )
 
@@ -48,30 +49,46 @@ def load_chunk(
 
 @triton.jit
 def walk_sequence(
-    k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, cu_seqlens, chunk_offsets, T, H, GROUP, i_r,
-    i_nh, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr,
-    UNITS: tl.constexpr, C: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr,
-    MIN_LOG_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    k, r, log_decay, A_log, dt_bias, beta, initial, states, units, final, carry, boundary, boundary_chunks, cu_seqlens,
+    chunk_offsets, slab_first, slab_chunks, T, H, GROUP, i_r, i_nh, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, UNITS: tl.constexpr, C: tl.constexpr,
+    RIGHT_IS_KEY: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R.
 
-    S is accumulated in the units in which it is stored next. Each step loads what the next one reads.
+    S is accumulated in the units in which it is stored next. Each step loads what the next one reads. It starts from
+    the initial state, or from what the earlier slab left (``carry``).
     """
-    i_n, i_h = i_nh // H, i_nh % H
-    start, end, first_chunk, n_chunks = sequence_bounds(i_n, T, cu_seqlens, chunk_offsets, C)
+    i_h = i_nh % H
+    start, end, number, place, n_chunks = sequence_bounds(
+        i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C
+    )
+    begins, enters, ends, _, i_carry = sequence_ends(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C)
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_state = (o_d < D)[:, None] & (o_r < R)[None, :]
-    p_state = i_nh.to(tl.int64) * D * R + o_d[:, None] * R + o_r[None, :]
+    p_state = o_d[:, None] * R + o_r[None, :]
+    p_nh, p_carry = i_nh.to(tl.int64) * D * R, i_carry * D * R
     p_stored = o_d[:, None] * R_PAD + o_r[None, :]
     o_unit = i_r * UNITS + tl.arange(0, UNITS)
     SAME_ROWS: tl.constexpr = RIGHT_IS_KEY and BLOCK_R == BLOCK_D
 
+    boundary_stride = tl.num_programs(1) * D * R  # programs are N·H; in a packed batch a boundary has one state a head
+    if cu_seqlens is not None:
+        boundary_stride = H * D * R
+
     b_state = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     bound, unit = 0.0, 0.0
     if initial is not None:
-        bound = largest_entry(initial + i_nh.to(tl.int64) * D * R, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
-        unit, inverse = fine_unit(bound)
-        b_state += tl.load(initial + p_state, mask=m_state, other=0.0) * inverse
+        if begins:
+            bound = largest_entry(initial + p_nh, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
+            unit, inverse = fine_unit(bound)
+            b_state += tl.load(initial + p_nh + p_state, mask=m_state, other=0.0) * inverse
+    if carry is not None:
+        if enters:
+            bound = largest_entry(carry + p_carry, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
+            unit, inverse = fine_unit(bound)
+            b_state += tl.load(carry + p_carry + p_state, mask=m_state, other=0.0) * inverse
     m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
         k, r, log_decay, beta, start, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
     )
@@ -81,13 +98,14 @@ def walk_sequence(
             k, r, log_decay, beta, start + (i_c + 1) * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C,
             SAME_ROWS,
         )  # fmt: skip
-        i_state = (first_chunk + i_c).to(tl.int64) * H + i_h
-        tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(states.dtype.element_ty))
-        b_unit = tl.full((UNITS,), unit / FINE, tl.float32)
-        if RIGHT_IS_KEY:
-            tl.store(units + i_state + o_unit, b_unit, mask=o_unit == 0)
-        else:
-            tl.store(units + i_state * (R_PAD // BLOCK_R * UNITS) + o_unit, b_unit)
+        if states is not None:
+            i_state = (place + i_c).to(tl.int64) * H + i_h
+            tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
+            b_unit = tl.full((UNITS,), unit / FINE, tl.float32)
+            if RIGHT_IS_KEY:
+                tl.store(units + i_state + o_unit, b_unit, mask=o_unit == 0)
+            else:
+                tl.store(units + i_state * (R_PAD // BLOCK_R * UNITS) + o_unit, b_unit)
 
         b_g = effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
         c_end = tl.sum(b_g, axis=0)
@@ -108,17 +126,22 @@ def walk_sequence(
         bound = bound * gamma_end + bound_update
         unit_next, inverse = fine_unit(bound)
         b_state = tl.dot(
-            tl.trans(b_k.to(states.dtype.element_ty)),
-            (b_r * (weight * inverse)[:, None]).to(states.dtype.element_ty),
+            tl.trans(b_k.to(OPERAND)),
+            (b_r * (weight * inverse)[:, None]).to(OPERAND),
             b_state * (gamma_end * unit * inverse),
             input_precision=PRECISION,
         )
         unit = unit_next
+        if boundary is not None:
+            next_number = number + i_c + 1
+            if (next_number % boundary_chunks == 0) & (i_c + 1 < n_chunks):
+                i_boundary = (next_number // boundary_chunks - 1).to(tl.int64) * boundary_stride
+                tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
     if final is not None:
-        tl.store(final + p_state, b_state * unit, mask=m_state)
+        tl.store(final + p_nh + p_state, b_state * unit, mask=m_state & ends)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks", "boundary_chunks"])
 def chunk_state_kernel(
     k,  # [tokens, Hkv, D]
     v,  # [tokens, Hkv, V]; read if KV_BLOCKS
@@ -128,14 +151,21 @@ def chunk_state_kernel(
     beta,  # [tokens, H] or None
     initial_kk,  # [N, H, D, D] fp32 or None
     initial_kv,  # [N, H, D, V] fp32 or None
-    kk,  # out H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype; written if KK_BLOCKS
-    kk_units,  # out [chunks, H] fp32
-    kv,  # out U_c [chunks, H, BLOCK_D, V_PAD] operand dtype; written if KV_BLOCKS
-    kv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
+    kk,  # out H_c [chunks, H, BLOCK_D, BLOCK_D] operand dtype, or None: boundaries alone are wanted
+    kk_units,  # out [chunks, H] fp32; written with kk
+    kv,  # out U_c [chunks, H, BLOCK_D, V_PAD] operand dtype or None
+    kv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32; written with kv
     final_kk,  # out [N, H, D, D] fp32 or None
     final_kv,  # out [N, H, D, V] fp32 or None
+    carry_kk,  # [N or 1, H, D, D] fp32: state at the slab's start of sequences that began before, or None: none did
+    carry_kv,  # [N or 1, H, D, V] fp32 or None
+    boundary_kk,  # out [boundaries, N or 1, H, D, D] fp32: states before every boundary_chunks-th chunk, or None
+    boundary_kv,  # out [boundaries, N or 1, H, D, V] fp32 or None
+    boundary_chunks,
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] first chunk of each sequence, or None
+    slab_first,
+    slab_chunks,
     T,
     H,
     GROUP,  # query heads per key/value head
@@ -152,6 +182,7 @@ def chunk_state_kernel(
     QK_L2NORM: tl.constexpr,
     NORM_EPS: tl.constexpr,
     MIN_LOG_DECAY: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program walks one sequence and query head with one column block of H or of U; all blocks run side by side."""
@@ -159,14 +190,16 @@ def chunk_state_kernel(
     if KK_BLOCKS > 0:
         if i_col < KK_BLOCKS:
             walk_sequence(
-                k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, cu_seqlens, chunk_offsets, T,
-                H, GROUP, i_col, i_nh, D, D, BLOCK_D, BLOCK_N, BLOCK_D, 1, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
-                PRECISION,
+                k, k, log_decay, A_log, dt_bias, beta, initial_kk, kk, kk_units, final_kk, carry_kk, boundary_kk,
+                boundary_chunks, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H, GROUP, i_col, i_nh,
+                D, D, BLOCK_D, BLOCK_N, BLOCK_D, 1, C, True, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
+                OPERAND, PRECISION,
             )  # fmt: skip
     if KV_BLOCKS > 0:
         if i_col >= KK_BLOCKS:
             walk_sequence(
-                k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, cu_seqlens, chunk_offsets, T,
-                H, GROUP, i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_R, V_PAD, BLOCK_R // BLOCK_V, C, False,
-                QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, PRECISION,
+                k, v, log_decay, A_log, dt_bias, beta, initial_kv, kv, kv_units, final_kv, carry_kv, boundary_kv,
+                boundary_chunks, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H, GROUP,
+                i_col - KK_BLOCKS, i_nh, D, V, BLOCK_D, BLOCK_R, V_PAD, BLOCK_R // BLOCK_V, C, False,
+                QK_L2NORM, NORM_EPS, MIN_LOG_DECAY, OPERAND, PRECISION,
             )  # fmt: skip
