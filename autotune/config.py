@@ -123,5 +123,5 @@ def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> Recurrent
         block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
         chains=4,
         prefetch=True,
-        kernel=KernelConfig(num_warps=16 if padded_d > 128 else max(1, padded_d // 32), num_stages=1),
+        kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),
     )

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    formed_anew,
     load_log_decay,
     load_ridge,
     load_scalars,
@@ -155,6 +156,7 @@ def recurrent_kernel(
             unit_q = pow2_floor(tl.max(tl.abs(b_mix), axis=0))
             b_x = solve(b_mix * (1 / unit_q), b_h, weight_h, delta, num_iter, CHAINS) * (unit_q * inv_eta)
             b_mix += load_scalars(alpha, o_one, m_one, 1.0) * (b_x - b_mix)  # m = q + α (x − q)
+            b_k = load_vector(k, formed_anew(i_kv, num_iter), o_c, D, QK_L2NORM, NORM_EPS) * b_beta
         for i_v in range(V_PAD // BLOCK_V):
             o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
             p_kv = kv + (slot * H + i_h) * D * V + columns(i_v, BLOCK_V)[:, None] + o_r[None, :] * V
