@@ -32,7 +32,7 @@ def prefetch(p, SIZE: tl.constexpr, THREADS: tl.constexpr):
     if PIECE > 0:
         o = tl.arange(0, THREADS) * PIECE
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,n", [p.to(tl.int64) + o, PIECE],
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,n", [(p.to(tl.int64) & -16) + o, PIECE],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
