@@ -61,15 +61,13 @@ class RecurrentConfig:
 
     Attributes:
         block_v: columns of U at a time.
-        rows: rows of the tile that carries the one query on tensor cores.
-        tensor_cores: whether the solve runs there, with H as an operand in shared memory, or by fp32 reductions.
-        precision: Triton's ``input_precision`` for fp32 operands.
+        chains: chains of additions that a thread keeps going at once when it sums a column of a state.
+        prefetch: whether U is on its way to L2 while H is solved with.
     """
 
     block_v: int
-    rows: int
-    tensor_cores: bool
-    precision: str
+    chains: int
+    prefetch: bool
     kernel: KernelConfig
 
 
@@ -117,12 +115,14 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
 
 
 @cache
-def recurrent_config(padded_d: int, padded_v: int, is_fp32: bool) -> RecurrentConfig:
-    """The configuration of a decode step."""
+def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> RecurrentConfig:
+    """The configuration of a decode step: a thread for every column of H, and fp32 throughout.
+
+    With one token H is gone when U comes, and its registers take as much of U; with more both are held at once.
+    """
     return RecurrentConfig(
-        block_v=min(padded_v, 32),
-        rows=16,
-        tensor_cores=padded_d <= 128,
-        precision="tf32x3",
-        kernel=KernelConfig(num_warps=16 if padded_d > 128 else 4, num_stages=1),
+        block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
+        chains=4,
+        prefetch=True,
+        kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),
     )

@@ -51,6 +51,11 @@ def _multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
+def _can_prefetch(tensor: Tensor) -> bool:
+    """Whether there is an instruction that brings a block of memory into L2: from Hopper on."""
+    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
 class _States(NamedTuple):
     """Chunk-level states in the operand dtype with their units, and the fp32 state after the last token."""
 
@@ -727,10 +732,8 @@ def recurrent_gka(
     output = q.new_empty(B, T, H, V)
     if output.numel() == 0:
         return output
-    is_fp32 = q.dtype == torch.float32
     block_d = _padded(D)
-    config = recurrent_config(block_d, _padded(V), is_fp32)
-    operand = torch.float32 if is_fp32 else torch.float16
+    config = recurrent_config(block_d, _padded(V), T == 1)
     with _on_device(q):
         recurrent_kernel[(H, B)](
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
@@ -739,10 +742,9 @@ def recurrent_gka(
             kk=kk, kv=kv, state_indices=_contiguous(state_indices), output=output, ridge_scale=ridge_scale,
             ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
             BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
-            ROWS=config.rows, SOLVE=num_iter > 0,
-            **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
-            TENSOR_CORES=config.tensor_cores,
+            CHAINS=config.chains, PREFETCH=config.prefetch and _can_prefetch(q), THREADS=32 * config.kernel.num_warps,
+            SOLVE=num_iter > 0, **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
             QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
-            OPERAND=_TRITON_DTYPES[operand], PRECISION=config.precision, **config.kernel.launch_options(),
+            **config.kernel.launch_options(),
         )  # fmt: skip
     return output
