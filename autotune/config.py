@@ -62,12 +62,10 @@ class RecurrentConfig:
     Attributes:
         block_v: columns of U at a time.
         chains: chains of additions that a thread keeps going at once when it sums a column of a state.
-        prefetch: whether U is on its way to L2 while H is solved with.
     """
 
     block_v: int
     chains: int
-    prefetch: bool
     kernel: KernelConfig
 
 
@@ -123,6 +121,5 @@ def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> Recurrent
     return RecurrentConfig(
         block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
         chains=4,
-        prefetch=True,
         kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),
     )

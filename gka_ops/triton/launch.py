@@ -51,11 +51,6 @@ def _multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def _can_prefetch(tensor: Tensor) -> bool:
-    """Whether there is an instruction that brings a block of memory into L2: from Hopper on."""
-    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-
-
 class _States(NamedTuple):
     """Chunk-level states in the operand dtype with their units, and the fp32 state after the last token."""
 
@@ -742,8 +737,7 @@ def recurrent_gka(
             kk=kk, kv=kv, state_indices=_contiguous(state_indices), output=output, ridge_scale=ridge_scale,
             ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
             BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
-            CHAINS=config.chains, PREFETCH=config.prefetch and _can_prefetch(q), THREADS=32 * config.kernel.num_warps,
-            SOLVE=num_iter > 0, **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
+            CHAINS=config.chains, SOLVE=num_iter > 0, **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
             QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
             **config.kernel.launch_options(),
         )  # fmt: skip

@@ -26,18 +26,6 @@ def load_vector(p, i_row, o, SIZE: tl.constexpr, NORMALISE: tl.constexpr, NORM_E
 
 
 @triton.jit
-def prefetch(p, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """SIZE bytes from ``p`` on their way to L2, without a register to wait for them: a piece a thread (sm_90)."""
-    PIECE: tl.constexpr = SIZE // THREADS // 16 * 16
-    if PIECE > 0:
-        o = tl.arange(0, THREADS) * PIECE
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,n", [(p.to(tl.int64) & -16) + o, PIECE],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def columns(i, SIZE: tl.constexpr):
     """The ``i``-th SIZE columns of a state, as threads are to hold them: one each, neighbours in neighbouring threads.
 
@@ -104,8 +92,6 @@ def recurrent_kernel(
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
     CHAINS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    THREADS: tl.constexpr,
     SOLVE: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
     OFFSET_PER_TOKEN: tl.constexpr,
@@ -133,8 +119,6 @@ def recurrent_kernel(
     p_kk = kk + (slot * H + i_h) * D * D + columns(0, BLOCK_D)[:, None] + o_r[None, :] * D
     m_kk = (o_c < D)[:, None] & (o_r < D)[None, :]
     b_h = tl.load(p_kk, mask=m_kk, other=0.0)
-    if PREFETCH:
-        prefetch(kv + (slot * H + i_h) * D * V, D * V * 4, THREADS)
     for i_t in range(T):
         i_row = ((i_b * T + i_t) * H + i_h).to(tl.int64)
         i_kv = ((i_b * T + i_t) * (H // GROUP) + i_h // GROUP).to(tl.int64)
