@@ -23,6 +23,7 @@ from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kern
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
 from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
+from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
 
@@ -214,6 +215,11 @@ class _Solved(NamedTuple):
         return {"x": self.x, "x_scale": self.x_scale, "x_query": self.x_query}
 
 
+def _on_hopper(p: _Problem) -> bool:
+    """Whether the solve's products can run asynchronously: the configuration says so, and the card has the means."""
+    return p.config.solve_async and p.q.is_cuda and torch.cuda.get_device_capability(p.q.device) == (9, 0)
+
+
 def solve(p: _Problem, kk: _States, x_dtype: torch.dtype) -> _Solved:
     """x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
     packed = x_dtype == torch.float16
@@ -223,7 +229,8 @@ def solve(p: _Problem, kk: _States, x_dtype: torch.dtype) -> _Solved:
     )  # fmt: skip
     if p.tokens == 0:
         return solved
-    chunk_solve_kernel[p.chunk_grid](
+    kernel = chunk_solve_hopper_kernel if _on_hopper(p) else chunk_solve_kernel
+    kernel[p.chunk_grid](
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge, **p.geometry,
         **p.numerics, **p.config.solve.launch_options(),
