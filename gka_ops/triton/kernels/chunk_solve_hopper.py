@@ -74,17 +74,18 @@ def chebyshev(b_b, s_h, s_k, phi, b_psi, delta, num_iter):
     b_y = b_b
     b_zero = gl.zeros(b_psi.shape, gl.float32, M_S)
     b_phi = (-phi).to(gl.float16)
-    b_psi = (-b_psi).to(gl.float16)
+    s_psi = to_shared((-b_psi).to(gl.float16))
+    gl.thread_barrier()
     for _ in range(num_iter):
         b_s = warpgroup_mma(gl.convert_layout(b_d, A_S), s_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_y = warpgroup_mma(gl.convert_layout(b_d * b_phi, A_R), s_h, b_y, is_async=True)
-        b_z += b_d.to(gl.float32)
         b_s = warpgroup_mma_wait(1, [b_s])  # the other one goes on
-        b_p = gl.convert_layout(b_s.to(gl.float16) * b_psi, A_R)
+        b_p = gl.convert_layout(b_s.to(gl.float16) * s_psi.load(M_S), A_R)
         b_y = warpgroup_mma(b_p, s_k, b_y, is_async=True)
+        b_z += b_d.to(gl.float32)
         nu_next = 1 / (2 * theta - h2 * nu)
         b_d = b_d * (h2 * nu * nu_next).to(gl.float16)
-        b_y = warpgroup_mma_wait(0, [b_y])
+        b_y, b_z = warpgroup_mma_wait(0, [b_y, b_z])
         b_d = (b_y - delta * b_z).to(gl.float16) * (2 * nu_next).to(gl.float16) + b_d
         nu = nu_next
     return b_z + b_d.to(gl.float32)
