@@ -35,6 +35,7 @@ class ChunkConfig:
         increment_columns: columns of what a chunk adds to the key-key gradient that one program forms.
         scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
+        solve_async: whether a Hopper card runs the Gluon kernel of the forward solve; it needs C = 64 and four warps.
     """
 
     chunk: int
@@ -44,6 +45,7 @@ class ChunkConfig:
     increment_columns: int
     scan_entries: int
     precision: str
+    solve_async: bool
     state: KernelConfig
     solve: KernelConfig
     readout: KernelConfig
@@ -90,6 +92,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         increment_columns=min(padded_d, 64 if is_fp32 else 128),
         scan_entries=2048,
         precision="tf32x3",
+        solve_async=padded_d in (64, 128) and not is_fp32,
         state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(

@@ -24,6 +24,7 @@ from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kern
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
 from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
+from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
 from gka_ops.triton.slabs import slab_count
@@ -292,6 +293,11 @@ class _Solved(NamedTuple):
         return {"x": self.x, "x_scale": self.x_scale, "x_query": self.x_query}
 
 
+def _on_hopper(p: _Problem) -> bool:
+    """Whether the solve's products can run asynchronously: the configuration says so, and the card has the means."""
+    return p.config.solve_async and p.q.is_cuda and torch.cuda.get_device_capability(p.q.device) == (9, 0)
+
+
 def new_solution(p: _Problem, x_dtype: torch.dtype) -> _Solved:
     """Room for x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
     packed = x_dtype == torch.float16
@@ -305,7 +311,8 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     """x and ‖H_t‖_F of the tokens of a slab."""
     if p.tokens == 0:
         return
-    chunk_solve_kernel[p.chunk_grid(slab)](
+    kernel = chunk_solve_hopper_kernel if _on_hopper(p) else chunk_solve_kernel
+    kernel[p.chunk_grid(slab)](
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.ridge,
         **p.geometry, **p.numerics, **p.config.solve.launch_options(),
