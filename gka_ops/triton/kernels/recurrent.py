@@ -118,7 +118,7 @@ def recurrent_kernel(
         return
     p_kk = kk + (slot * H + i_h) * D * D + columns(0, BLOCK_D)[:, None] + o_r[None, :] * D
     m_kk = (o_c < D)[:, None] & (o_r < D)[None, :]
-    b_h = tl.load(p_kk, mask=m_kk, other=0.0)
+    b_h = tl.load(p_kk, mask=m_kk, other=0.0, eviction_policy="evict_first")
     for i_t in range(T):
         i_row = ((i_b * T + i_t) * H + i_h).to(tl.int64)
         i_kv = ((i_b * T + i_t) * (H // GROUP) + i_h // GROUP).to(tl.int64)
@@ -129,7 +129,7 @@ def recurrent_kernel(
         b_k = load_vector(k, i_kv, o_c, D, QK_L2NORM, NORM_EPS) * b_beta
         b_h = b_h * gamma[:, None] + b_k[:, None] * b_k[None, :]
         if i_t == T - 1:  # before the solve, for memory to have work during it
-            tl.store(p_kk, b_h, mask=m_kk)
+            tl.store(p_kk, b_h, mask=m_kk, eviction_policy="evict_first")
         b_mix = load_vector(q, i_row, o_c, D, QK_L2NORM, NORM_EPS)
         if SOLVE:
             b_fro = tl.sqrt(tl.sum(over_rows(b_h * b_h, CHAINS)[None, :], axis=1))
@@ -146,8 +146,8 @@ def recurrent_kernel(
             p_kv = kv + (slot * H + i_h) * D * V + columns(i_v, BLOCK_V)[:, None] + o_r[None, :] * V
             m_kv = (o_v < V)[:, None] & (o_r < D)[None, :]
             b_v = load_vector(v, i_kv, o_v, V, False, NORM_EPS) * b_beta
-            b_u = tl.load(p_kv, mask=m_kv, other=0.0) * gamma[:, None] + b_v[:, None] * b_k[None, :]
-            tl.store(p_kv, b_u, mask=m_kv)
+            b_u = tl.load(p_kv, mask=m_kv, other=0.0, eviction_policy="evict_first") * gamma[:, None] + b_v[:, None] * b_k[None, :]
+            tl.store(p_kv, b_u, mask=m_kv, eviction_policy="evict_first")
             b_o = over_rows(b_u * b_mix[None, :], CHAINS) * scale
             tl.store(output + i_row * V + o_v, b_o.to(output.dtype.element_ty), mask=o_v < V)
         tl.debug_barrier()  # the next token reads the values that this one stored
