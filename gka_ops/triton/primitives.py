@@ -40,6 +40,18 @@ def scale_rows(b):
 
 
 @triton.jit
+def as_sums(b, OPERAND: tl.constexpr):
+    """b [M, N] fp32 as it is, held by the threads as they hold the tensor cores' sums: it is the sum of no products.
+
+    A thread has two rows there, whose sums or maxima take 4 shuffles; as loaded it has a part of each of 8 rows or
+    more, which take 32, and what meets products after that passes through shared memory once more.
+    """
+    if tl.float16 == OPERAND:
+        b = tl.dot(tl.zeros((b.shape[0], 16), tl.float16), tl.zeros((16, b.shape[1]), tl.float16), b)
+    return b
+
+
+@triton.jit
 def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
     """x @ yᵀ for operand x [M, K] and fp32 y [N, K], y split into two fp16 terms so that its rounding does not show."""
     if b_x.dtype == tl.float16:
@@ -362,12 +374,12 @@ def sum_of_pieces(p, i_state, PIECES: tl.constexpr):
 
 
 @triton.jit
-def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexpr, PRECISION: tl.constexpr):
+def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, b_gram, C: tl.constexpr, PRECISION: tl.constexpr):
     """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
 
     F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴
 
-    Every term is >= 0. ``h_square`` is F_c² in units of ``h_unit``².
+    Every term is >= 0. ``h_square`` is F_c² in units of ``h_unit``², ``b_gram`` K̂ K̂ᵀ.
     """
     o_c = tl.arange(0, C)
     f_c = tl.sqrt(h_square) * h_unit
@@ -377,7 +389,6 @@ def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, C: tl.constexp
     weight = weight * inverse
     b_kh = tl.dot(b_k, b_h, input_precision=PRECISION)
     k_h_k = tl.sum(b_kh * b_k.to(tl.float32), axis=1) * (h_unit * inverse)
-    b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_pair = b_gram * b_gram * b_m * weight[:, None] * weight[None, :]
     diagonal = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_pair, 0.0), axis=1)
     j = 2 * gamma * weight * k_h_k + 2 * tl.sum(b_pair, axis=1) - diagonal

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    as_sums,
     chebyshev,
     chunk_and_head,
     chunk_bounds,
@@ -113,7 +114,7 @@ def chunk_backward_solve_kernel(
     b_dx = load_upstream(dx, i_state * C, first, o_r, o_d, H, D, BLOCK_D, THROUGH_READOUT)
 
     b_c = tl.cumsum(b_g, axis=0)
-    b_k, unit_k = scale_rows(b_k.to(tl.float32))
+    b_k, unit_k = scale_rows(as_sums(b_k.to(tl.float32), OPERAND))
     kappa = tl.where(m_t, key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
@@ -126,7 +127,7 @@ def chunk_backward_solve_kernel(
         delta = ridge_scale / (1 + ridge_scale)
     else:
         delta = (1 - b_fro * weight_h)[:, None]
-    b_dx, weight_y = scale_rows(b_dx.to(tl.float32))
+    b_dx, weight_y = scale_rows(as_sums(b_dx.to(tl.float32), OPERAND))
     b_z = chebyshev(b_dx, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)
     weight_y *= inv_eta  # y = weight_y z
 
@@ -144,7 +145,7 @@ def chunk_backward_solve_kernel(
     store_tile(y + first_y * D, b_scaled, o_r, m_t, o_d, D, D, BLOCK_D)
     tl.store(y_scale + o_row, unit_y * weight_y, mask=m_t)
 
-    b_q, weight_q, unit_q = effective_query(b_q.to(tl.float32), QK_L2NORM, NORM_EPS)
+    b_q, weight_q, unit_q = effective_query(as_sums(b_q.to(tl.float32), OPERAND), QK_L2NORM, NORM_EPS)
     y_x = tl.sum(b_z * b_x.to(tl.float32), axis=1)
     if x_scale is not None:
         y_x *= load_scalars(x_scale, o_row, m_t, 0.0)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gka_ops.triton.primitives import (
+    as_sums,
     chebyshev,
     chunk_and_head,
     chunk_bounds,
@@ -87,12 +88,14 @@ def chunk_solve_kernel(
 
     b_c = tl.cumsum(b_g, axis=0)
     gamma = tl.exp(b_c)
-    b_m = decay_matrix(b_c, C)
-    b_k32, unit_k = scale_rows(b_k.to(tl.float32))
+    b_k32, unit_k = scale_rows(as_sums(b_k.to(tl.float32), OPERAND))
     kappa = tl.where(m_t, key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_k = b_k32.to(OPERAND)
-    h_square = tl.sum(tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32), axis=1), axis=0)
-    b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, C, PRECISION)
+    h_square = tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32))
+    b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    # Adding nothing of a product's makes M a tile of the tensor cores' layout, where a thread has two rows, not 32.
+    b_m = decay_matrix(b_c, C) + 0.0 * b_gram
+    b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, b_gram, C, PRECISION)
     tl.store(fro + o_row, b_fro, mask=m_t)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
@@ -102,7 +105,7 @@ def chunk_solve_kernel(
         delta = ridge_scale / (1 + ridge_scale)
     else:
         delta = (1 - b_fro * weight_h)[:, None]
-    b_q, unit_q = scale_rows(b_q.to(tl.float32))
+    b_q, unit_q = scale_rows(as_sums(b_q.to(tl.float32), OPERAND))
     weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
     b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)  # x = weight_q/η z
 
@@ -112,7 +115,8 @@ def chunk_solve_kernel(
     if x_scale is None:
         store_tile(x + first * D, b_z * (weight_q * inv_eta)[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)
     else:  # x = c q + w
-        b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32) * pow2_inverse(unit_q)[:, None]
+        b_q = as_sums(load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D).to(tl.float32), OPERAND)
+        b_q *= pow2_inverse(unit_q)[:, None]
         b_w, c = split_along_query(b_z, b_q)
         b_w, unit_w = scale_rows(b_w)
         store_tile(x + first * D, b_w, o_r, m_t, o_d, H * D, D, BLOCK_D)
