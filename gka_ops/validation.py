@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -61,8 +61,8 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: expected {name} to have a floating-point dtype, got {tensor.dtype}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) -> None:
-    if tensor.ndim != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[Any, ...], meaning: str) -> None:
+    if tensor.shape != shape:
         raise ValueError(f"{op}: expected {name} of shape {meaning} = {list(shape)}, got {_shape(tensor)}")
 
 
@@ -155,6 +155,8 @@ def check_ridge(
     op: str, ridge: float | Ridge, q: Tensor
 ) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
     """Returns (scale, offset, scale tensor, offset tensor, smallest known scale)."""
+    if type(ridge) is float and 0 <= ridge < float("inf"):  # what nearly every call has
+        return ridge, 0.0, None, None, ridge
     if not isinstance(ridge, Ridge):
         if not _is_number(ridge):
             hint = "; a tensor goes into Ridge(scale=...)" if isinstance(ridge, Tensor) else ""
@@ -230,7 +232,7 @@ def num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> Any:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _check_state_part(op: str, name: str, part: object, shape: Sequence[Any], meaning: str, q: Tensor) -> None:
+def _check_state_part(op: str, name: str, part: object, shape: tuple[Any, ...], meaning: str, q: Tensor) -> None:
     check_tensor(op, name, part)
     assert isinstance(part, Tensor)
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32
