@@ -25,6 +25,7 @@ from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
+from gka_ops.triton.launcher import launch, replays
 
 _MIN_BLOCK = 16  # the least extent of a tensor-core operand
 _TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
@@ -192,7 +193,7 @@ def chunk_states(p: _Problem, want_kk: bool, want_final: bool) -> tuple[_States,
     kk_blocks = p.block_d // block_n if want_kk else 0
     kv_blocks = 0 if p.v is None else p.v_pad // block_r
     if kk_blocks + kv_blocks > 0 and p.N > 0:
-        chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
+        launch(chunk_state_kernel, (kk_blocks + kv_blocks, p.N * p.H),
             k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
             kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
             chunk_offsets=p.chunk_offsets, GROUP=p.group, BLOCK_N=block_n, BLOCK_R=block_r,
@@ -223,7 +224,7 @@ def solve(p: _Problem, kk: _States, x_dtype: torch.dtype) -> _Solved:
     )  # fmt: skip
     if p.tokens == 0:
         return solved
-    chunk_solve_kernel[p.chunk_grid](
+    launch(chunk_solve_kernel, p.chunk_grid,
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.ridge, **p.geometry,
         **p.numerics, **p.config.solve.launch_options(),
@@ -242,7 +243,7 @@ def read_out(p: _Problem, solved: _Solved, kv: _States) -> Tensor:
     output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
     if p.tokens == 0:
         return output
-    chunk_readout_kernel[p.chunk_grid](
+    launch(chunk_readout_kernel, p.chunk_grid,
         q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **solved.stored_x(), kv=kv.states,
         kv_units=kv.units, output=output, scale=p.scale, GROUP=p.group, OPERAND=_TRITON_DTYPES[p.operand],
         **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.readout.launch_options(),
@@ -284,7 +285,7 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
     dx: Tensor | None = grad
     if p.v is not None:
         dx = p.new(p.B, p.T, p.H, p.D) if p.solve else None
-        chunk_backward_readout_kernel[p.chunk_grid](
+        launch(chunk_backward_readout_kernel, p.chunk_grid,
             d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=kv.states,
             kv_units=kv.units, dm=dx, dq=result.dq, d_alpha=result.d_alpha, pi=result.pi,
             scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **p.tables, **p.geometry,
@@ -294,7 +295,7 @@ def adjoint_solve(p: _Problem, grad: Tensor, solved: _Solved, kk: _States, kv: _
         result.pi.zero_()
         result.dq.copy_(query_gradient(p, grad))
     if p.solve:
-        chunk_backward_solve_kernel[p.chunk_grid](
+        launch(chunk_backward_solve_kernel, p.chunk_grid,
             dx=dx, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha, beta=p.beta, **x,
             fro=solved.fro, kk=kk.states, kk_units=kk.units, dq=result.dq, y=result.y, y_scale=result.y_scale,
             d_ridge_scale=result.d_ridge_scale, d_ridge_offset=result.d_ridge_offset, w_local=result.w_local,
@@ -344,7 +345,7 @@ def state_gradients(
         dkv = _States(states, p.new(p.chunks, p.H, v_blocks), d_initial)
         increment_kv_units = p.new(p.chunks, p.H, v_blocks)
     decay, w_first = p.new(p.chunks, p.H), p.new(p.chunks, p.H) if p.solve else None
-    chunk_backward_state_kernel[(*p.chunk_grid, p.block_d // config.increment_columns)](
+    launch(chunk_backward_state_kernel, (*p.chunk_grid, p.block_d // config.increment_columns),
         d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=adjoint.y, y_scale=adjoint.y_scale,
         w_local=adjoint.w_local, **p.gate, alpha=p.alpha, beta=p.beta, dkk=dkk.states, dkk_units=increment_kk_units,
         dkv=dkv.states, dkv_units=increment_kv_units, decay=decay, w_first=w_first, scale=p.scale, GROUP=p.group,
@@ -355,7 +356,7 @@ def state_gradients(
     kv_rows = min(p.block_d, config.scan_entries // config.block_v)
     kk_pieces = p.block_d // kk_rows if want_kk else 0
     kv_pieces = v_blocks * (p.block_d // kv_rows) if want_kv else 0
-    chunk_backward_scan_kernel[(kk_pieces + kv_pieces, p.N * p.H)](
+    launch(chunk_backward_scan_kernel, (kk_pieces + kv_pieces, p.N * p.H),
         dkk=dkk.states, dkk_units=dkk.units, dkv=dkv.states, dkv_units=dkv.units,
         increment_kk_units=increment_kk_units, increment_kv_units=increment_kv_units, decay=decay, w_first=w_first,
         kk=kk.states if p.solve else None, kk_units=kk.units, d_final_kk=d_final_kk, d_final_kv=d_final_kv,
@@ -408,13 +409,13 @@ def token_gradients(
         dv = p.new(p.B, p.T, p.H, p.V, dtype=dtype)
         if through_h:
             part = {"dk_u": p.new(p.B, p.T, p.H, p.D), "m_u": p.per_token(), "j_u": p.new(p.chunks, p.H)}
-        chunk_backward_value_kernel[p.chunk_grid](
+        launch(chunk_backward_value_kernel, p.chunk_grid,
             d_output=d_output, v=p.v, alpha=p.alpha, kv=kv.states, kv_units=kv.units, dkv=incoming.kv.states,
             dkv_units=incoming.kv.units, dv=dv, scale=p.scale, **part, **shared, **p.values,
             **p.config.backward_value.launch_options(),
         )  # fmt: skip
     if through_h:
-        chunk_backward_key_kernel[p.chunk_grid](
+        launch(chunk_backward_key_kernel, p.chunk_grid,
             y=adjoint.y, y_scale=adjoint.y_scale, w_local=adjoint.w_local, kk=kk.states, kk_units=kk.units,
             dkk=incoming.kk.states, dkk_units=incoming.kk.units, BLOCK_N=p.config.block_n, BLOCK_S=p.config.block_s,
             **part, **shared, **p.config.backward_key.launch_options(),
@@ -427,6 +428,7 @@ def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
     return p.empty() if tensor is None else tensor
 
 
+@replays(lambda: chunk_config)
 def chunk_solve(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
     ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state,
@@ -441,6 +443,7 @@ def chunk_solve(
     return solved.x, _or_empty(p, kk.final), solved.fro
 
 
+@replays(lambda: chunk_config)
 def chunk_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
     cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x,
@@ -530,6 +533,7 @@ def _backward_of_nothing(
     return tuple(gradients)
 
 
+@replays(lambda: chunk_config)
 def chunk_solve_backward(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
     cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm,
@@ -546,6 +550,7 @@ def chunk_solve_backward(
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
 
 
+@replays(lambda: chunk_config)
 def chunk_gka_backward(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, ridge_scale, ridge_offset, num_iter, scale,
@@ -563,6 +568,7 @@ def chunk_gka_backward(
     return _backward(p, d_output, d_final_kk, d_final_kv, solved)
 
 
+@replays(lambda: recurrent_config)
 def recurrent_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
@@ -577,7 +583,7 @@ def recurrent_gka(
     config = recurrent_config(block_d, _padded(V), is_fp32)
     operand = torch.float32 if is_fp32 else torch.float16
     with _on_device(q):
-        recurrent_kernel[(H, B)](
+        launch(recurrent_kernel, (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
             A_log=_contiguous(A_log), dt_bias=_contiguous(dt_bias), alpha=_contiguous(alpha), beta=_contiguous(beta),
             ridge_scale_tensor=_contiguous(ridge_scale_tensor), ridge_offset_tensor=_contiguous(ridge_offset_tensor),
