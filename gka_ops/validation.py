@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka_ops.numerics import iterations_for
+from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL, iterations_for
 from gka_ops.types import IMPLS, DecayGate, GKAState, Ridge
 
 DEBUG_VARIABLE = "GKA_OPS_DEBUG"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_DEFAULT_COUNT = iterations_for(DEFAULT_RIDGE, DEFAULT_TOL)
 
 _debug_depth = 0
 
@@ -206,7 +208,8 @@ def resolve_num_iter(op: str, num_iter: object, tol: float, smallest_ridge: floa
                 f'{op}: expected a ridge scale > 0 with num_iter="auto" (the count grows without bound as it goes to '
                 f"0), got {smallest_ridge}"
             )
-        return iterations_for(smallest_ridge, tol)
+        is_default = smallest_ridge == DEFAULT_RIDGE and tol == DEFAULT_TOL
+        return _DEFAULT_COUNT if is_default else iterations_for(smallest_ridge, tol)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
         raise TypeError(f'{op}: expected num_iter to be an int or "auto", got {num_iter!r}')
     if num_iter < 0:

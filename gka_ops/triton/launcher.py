@@ -161,7 +161,8 @@ class _Recorder(TorchDispatchMode):
             return
         kernel = function.warmup(grid=grid, **arguments)
         values = tuple(arguments.get(parameter.name, parameter.default) for parameter in function.params)
-        self.steps.append(_Step(function, (*grid, 1, 1)[:3], values, kernel))
+        x, y, z, *_ = (*grid, 1, 1)
+        self.steps.append(_Step(function, (x, y, z), values, kernel))
         if not any(isinstance(step.kernel, FutureKernel) for step in self.steps[self.launched :]):
             self.launch_pending()
 

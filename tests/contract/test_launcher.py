@@ -1,4 +1,4 @@
-"""Record and replay (``gka_ops.triton.launcher``) on a stand-in card: real compilation, launches carried out by ctypes."""
+"""Record and replay (``gka_ops.triton.launcher``) on a stand-in card: Triton compiles, ctypes carries out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import JITFunction, driver  # noqa: E402
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
 
-from gka_ops.triton import launcher  # noqa: E402
-from gka_ops.triton.launcher import launch, replays  # noqa: E402
+from gka_ops.triton import launcher
+from gka_ops.triton.launcher import launch, replays
 
 
 def scale(x, y, factor, count, N: tl.constexpr):
