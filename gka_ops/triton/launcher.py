@@ -39,7 +39,7 @@ Grid: TypeAlias = tuple[int, ...]
 
 _POINTER_ALIGNMENT = 16  # Triton compiles for pointers that are multiples of it, or for any
 _BUFFER_ALIGNMENT = 512  # PyTorch's caching allocator's
-_MAX_WORKSPACE = 2**28  # a call with more is bound by the card, and gains from what it frees on its way
+_MAX_BYTES = 2**28  # a call that allocates more is bound by the card, and gains from what it frees on its way
 _MAX_PLANS = 1024
 
 _ALLOCATIONS = frozenset(
@@ -142,21 +142,33 @@ class _Recorder(TorchDispatchMode):
         self.steps: list[_Step] = []
         self.launched = 0
         self.buffers: list[Tensor] = []
+        self.bytes = 0
         self.replayable = True
+
+    def give_up(self) -> None:
+        """There will be no plan: hold no more than launches that wait."""
+        self.replayable = False
+        self.buffers.clear()
+        del self.steps[: self.launched]
+        self.launched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ALLOCATIONS:
             buffer = func(*args, **(kwargs or {}))
-            self.buffers.append(buffer)
+            self.bytes += buffer.nbytes
+            if self.bytes > _MAX_BYTES:
+                self.give_up()
+            if self.replayable:
+                self.buffers.append(buffer)
             return buffer
         if not func.is_view:
-            self.replayable = False
             self.launch_pending()
+            self.give_up()
         return func(*args, **(kwargs or {}))
 
     def launch(self, function: Any, grid: Grid, arguments: dict[str, Any]) -> None:
         if not isinstance(function, JITFunction):  # interpreted
-            self.replayable = False
+            self.give_up()
             function[grid](**arguments)
             return
         kernel = function.warmup(grid=grid, **arguments)
@@ -173,9 +185,13 @@ class _Recorder(TorchDispatchMode):
             self.launched = i + 1
             if kernel is not None:  # a compilation hook may have refused it
                 kernel[step.grid](*step.arguments)
+        if not self.replayable:
+            self.give_up()
 
     def plan(self, arguments: list[Tensor], result: Tensor | tuple[Tensor, ...]) -> _Plan | None:
         """The plan of the recorded call, or ``None`` where it cannot be repeated."""
+        if not self.replayable:
+            return None
         buffers = {_address(buffer): buffer for buffer in self.buffers if buffer.numel()}
         returned = [result] if isinstance(result, Tensor) else list(result)
         outputs = {_address(output): output for output in returned if output.numel()}
@@ -185,10 +201,8 @@ class _Recorder(TorchDispatchMode):
             for address, buffer in buffers.items() if address not in outputs
         }  # fmt: skip
         if (
-            not self.replayable
-            or len(outputs) + len(empty) != len(returned)
+            len(outputs) + len(empty) != len(returned)
             or not all(_same_extent(output, buffers.get(address)) for address, output in outputs.items())
-            or sum(sizes.values()) > _MAX_WORKSPACE
             or any(step.kernel is None or step.function.pre_run_hooks for step in self.steps)
         ):
             return None

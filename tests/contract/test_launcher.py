@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -279,9 +280,31 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_calls_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_MAX_WORKSPACE", 256)
+    monkeypatch.setattr(launcher, "_MAX_BYTES", 256)
     operator = Operator()
-    assert [operator.check(numbers(4, 2, 8)) for _ in range(2)] == [False] * 2
+    assert [operator.check(numbers(4, 2, 8)) for _ in range(3)] == [False] * 3
+
+
+def test_a_large_recorded_call_frees_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = []
+
+    def operator(x: Tensor) -> Tensor:
+        for _ in range(3):
+            buffer = x.new_empty(x.shape)
+            alive.append(weakref.ref(buffer))
+            launch(kernel, (1,), x=x, y=buffer, factor=1.0, count=1, N=x.numel())
+            x = buffer
+        assert [reference() is not None for reference in alive[-3:]] == [not small, not small, True]
+        return x
+
+    small = False
+    replays(lambda: None)(operator)(numbers(4, 2, 8))  # compiles: what waits is held
+    monkeypatch.setattr(launcher, "_MAX_BYTES", 0)
+    small = True
+    run = replays(lambda: None)(operator)
+    for _ in range(3):
+        x = numbers(4, 2, 8)
+        assert torch.equal(run(x), x + 3)
 
 
 def test_threads() -> None:
