@@ -179,16 +179,16 @@ def _backend(op: str, q: Tensor, impl: str) -> Any:
     ``impl="auto"`` is Triton on CUDA wherever the kernels support the dtype and head sizes, the reference elsewhere.
     """
     validation.check_backend(op, impl, q)
-    return _module(impl, q.device.type, q.dtype, q.shape[-1])
+    return _module(impl, q.is_cuda, q.dtype, q.size(-1))
 
 
 @cache
-def _module(impl: str, device: str, dtype: torch.dtype, head_dim: int) -> Any:
+def _module(impl: str, is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Any:
     from gka_ops.triton import checks  # does not import Triton
 
     if impl == "auto":
         supported = checks.unsupported_reason(dtype, head_dim) is None
-        impl = "triton" if device == "cuda" and supported else "reference"
+        impl = "triton" if is_cuda and supported else "reference"
     if impl == "reference":
         from gka_ops.reference import backend
 
@@ -399,7 +399,7 @@ _register_autograd("chunk_gka_backward", _chunk_gka_backward_setup, _chunk_gka_b
 
 def _recurrent_gka_autograd(keyset, *args):
     _refuse_forward_mode("recurrent_gka")
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:13]):
         raise RuntimeError(
             "recurrent_gka: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
         )

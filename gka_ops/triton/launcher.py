@@ -26,14 +26,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import AsyncCompileMode, FutureKernel, knobs
 from triton.runtime import JITFunction, driver
+
+from gka_ops.recall import Recall
 
 Grid: TypeAlias = tuple[int, ...]
 
@@ -55,11 +58,33 @@ _ALLOCATIONS = frozenset(
 
 # ------------------------------------------------------------------------------------------------------------ replay
 class _Launch(NamedTuple):
-    """A compiled kernel with its grid, and which of the plan's values are its arguments."""
+    """A compiled kernel with its grid, and which of the plan's values are its arguments.
+
+    ``start`` is what starts it, with ``given``: what comes before the arguments, the grid and the stream apart.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: Callable[[list[Any]], tuple[Any, ...]]
+    start: Callable[..., Any]
+    given: tuple[Any, ...]
+
+
+def _starter(kernel: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``_Launch``'s ``start`` and ``given`` of a kernel.
+
+    Triton's launcher object allocates scratch memory where a kernel wants some and then calls a function in C. Where
+    there is none to allocate, that function is called, in the Triton whose order of arguments is known.
+    """
+    run, metadata = kernel.run, kernel.packed_metadata
+    if (
+        triton.__version__.startswith("3.6.")
+        and type(run).__name__ == "CudaLauncher"
+        and run.global_scratch_size == run.profile_scratch_size == 0
+    ):
+        flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+        return run.launch, (kernel.function, *flags, metadata, None, None, None)
+    return run, (kernel.function, metadata, None, None, None)
 
 
 class _Plan(NamedTuple):
@@ -69,41 +94,50 @@ class _Plan(NamedTuple):
     lies at an offset (in bytes) from one of these values, the temporaries first.
     """
 
-    device: int
+    device: torch.device
+    index: int
     constants: list[Any]
-    outputs: list[tuple[torch.Size, torch.dtype]]
+    outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # sizes, strides
     empty_outputs: list[Tensor]  # to be copied: no operation of PyTorch makes a tensor without elements as fast
     result: Callable[[list[Tensor]], Any]  # of the outputs, those with elements first
     workspace: int
     parts: list[tuple[int, int]]
     launches: list[_Launch]
 
-    def run(self, like: Tensor, pointers: list[int]) -> Any:
-        """``like``: any tensor on the device."""
-        if torch.cuda.current_device() != self.device:
+    def run(self, pointers: list[int]) -> Any:
+        if _current_device() != self.index:
             with torch.cuda.device(self.device):
-                return self.run(like, pointers)
-        outputs = [like.new_empty(shape, dtype=dtype) for shape, dtype in self.outputs]
+                return self.run(pointers)
+        device = self.device
+        outputs = [  # the cheapest of PyTorch's allocations
+            torch.empty_strided(sizes, strides, dtype=dtype, device=device) for sizes, strides, dtype in self.outputs
+        ]
         values = self.constants + pointers + [output.data_ptr() for output in outputs]
-        workspace = like.new_empty(self.workspace, dtype=torch.uint8) if self.workspace else None
-        values.append(0 if workspace is None else workspace.data_ptr())
+        if self.workspace:
+            workspace = torch.empty_strided((self.workspace,), (1,), dtype=torch.uint8, device=device)
+            values.append(workspace.data_ptr())
+        else:
+            values.append(0)
         for place, offset in self.parts:
             values.append(values[place] + offset)
-        stream = driver.active.get_current_stream(self.device)
+        stream = driver.active.get_current_stream(self.index)
         if _hooked():
-            for kernel, grid, arguments in self.launches:
+            for kernel, grid, arguments, _, _ in self.launches:
                 kernel[grid](*arguments(values), stream=stream)
         else:
-            for kernel, grid, arguments in self.launches:
-                metadata = kernel.packed_metadata
-                kernel.run(*grid, stream, kernel.function, metadata, None, None, None, *arguments(values))
+            for _, (x, y, z), arguments, start, given in self.launches:
+                start(x, y, z, stream, *given, *arguments(values))
         outputs += [empty.data for empty in self.empty_outputs]
         return self.result(outputs)
 
 
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def _hooked() -> bool:
     """Whether someone, a profiler say, wants to hear of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
@@ -239,12 +273,13 @@ class _Recorder(TorchDispatchMode):
             places = [place_of(value) for value in step.arguments]
             if None in places:
                 return None
-            launches.append(_Launch(step.kernel, step.grid, itemgetter(*places)))
+            launches.append(_Launch(step.kernel, step.grid, itemgetter(*places), *_starter(step.kernel)))
         order = {id(output): i for i, output in enumerate((*outputs.values(), *empty))}
         with torch.inference_mode(False):  # as autograd may want to save them
             copied = [output.new_empty(output.shape) for output in empty]
+        allocated = [(tuple(output.shape), output.stride(), output.dtype) for output in outputs.values()]
         return _Plan(
-            arguments[0].get_device(), constants, [(output.shape, output.dtype) for output in outputs.values()], copied,
+            arguments[0].device, arguments[0].get_device(), constants, allocated, copied,
             itemgetter(*(order[id(output)] for output in returned)), sum(sizes.values()), parts, launches,
         )  # fmt: skip
 
@@ -297,6 +332,7 @@ def launch(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
 _UNKNOWN: Any = object()
 _SEEN: Any = object()
 _plans: OrderedDict[Hashable, _Plan | None] = OrderedDict()
+_recalls: list[Recall] = []  # of every operator, its last plans
 _lock = threading.Lock()
 
 
@@ -319,10 +355,12 @@ def forget() -> None:
     """Forgets every recorded call, as is needed where something else that kernels depend on has changed."""
     with _lock:
         _plans.clear()
+    for recall in _recalls:
+        recall.forget()
 
 
-def _replayable_on(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _replayable(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -332,12 +370,22 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
     """
 
     def decorate(operator: Callable[..., Any]) -> Callable[..., Any]:
+        recall = Recall()
+        _recalls.append(recall)
+
         @functools.wraps(operator)
         def run(*args: Any) -> Any:
-            if not _replayable_on(args[0].device):
+            if not _replayable(args[0]):
                 return operator(*args)
-            key: list[Any] = [operator, configuration()]
-            pointers: list[int] = []
+            current = configuration()
+            found = recall.find((current, *args))
+            if found is not None:
+                plan, tensors = found
+                pointers = [tensor.data_ptr() for tensor in tensors]
+                if functools.reduce(or_, pointers) % _POINTER_ALIGNMENT == 0:
+                    return plan.run(pointers)
+            key: list[Any] = [operator, current]
+            pointers = []
             union, contiguous = 0, True
             for a in args:
                 if a is not None and isinstance(a, Tensor):
@@ -365,7 +413,9 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
                 plan, result = _record(operator, args, regular)
                 _keep(known, plan)
                 return result
-            return plan.run(args[0], pointers)
+            if found is None:
+                recall.keep((current, *args), plan)
+            return plan.run(pointers)
 
         return run
 

@@ -86,8 +86,8 @@ class Driver:
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU tensors pass for tensors of a card, whose index is then -1."""
     monkeypatch.setattr(driver, "_active", Driver())
-    monkeypatch.setattr(launcher, "_replayable_on", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(launcher, "_replayable", lambda tensor: True)
+    monkeypatch.setattr(launcher, "_current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     launcher.forget()
     log.clear()

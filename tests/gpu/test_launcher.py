@@ -36,7 +36,7 @@ def ordinary(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     from gka_ops.triton import launcher
 
     with monkeypatch.context() as context:
-        context.setattr(launcher, "_replayable_on", lambda device: False)
+        context.setattr(launcher, "_replayable", lambda tensor: False)
         return run()
 
 
