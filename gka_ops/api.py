@@ -18,7 +18,11 @@ from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator for any() takes longer
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def chunk_gka(

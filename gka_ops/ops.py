@@ -30,6 +30,7 @@ NOTE [Autograd kernels]
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -191,20 +192,28 @@ def _runs_triton(q: Tensor, impl: str) -> bool:
     from gka_ops.triton import checks  # does not import Triton
 
     if impl == "auto":
-        return q.device.type == "cuda" and checks.unsupported_reason(q) is None
+        return q.device.type == "cuda" and checks.unsupported_reason(q.dtype, q.shape[-1]) is None
     return impl == "triton"
 
 
 def _backend(op: str, q: Tensor, impl: str) -> Any:
     """The module that runs this call; both have one function per operator with the operator's own signature."""
     validation.check_backend(op, impl, q)
-    if not _runs_triton(q, impl):
+    return _module(impl, q.is_cuda, q.dtype, q.size(-1))
+
+
+@cache
+def _module(impl: str, is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Any:
+    from gka_ops.triton import checks  # does not import Triton
+
+    if impl == "auto":
+        supported = checks.unsupported_reason(dtype, head_dim) is None
+        impl = "triton" if is_cuda and supported else "reference"
+    if impl == "reference":
         from gka_ops.reference import backend
 
         return backend
-    from gka_ops.triton import checks
-
-    checks.require_supported(q)
+    checks.require_supported(dtype, head_dim)
     from gka_ops.triton import launch
 
     return launch
@@ -249,18 +258,30 @@ def _recurrent_gka(*args):
     return _backend("recurrent_gka", q, impl).recurrent_gka(*args[:-1])
 
 
-for _name, _implementation in {
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "chunk_solve": _chunk_solve,
     "chunk_solve_backward": _chunk_solve_backward,
     "chunk_gka": _chunk_gka,
     "chunk_gka_backward": _chunk_gka_backward,
     "recurrent_gka": _recurrent_gka,
-}.items():
+}
+for _name, _implementation in _IMPLEMENTATIONS.items():
     _library.impl(_name, _implementation, "CPU")
     _library.impl(_name, _implementation, "CUDA")
 
 
 # --------------------------------------------------------------------------------------------------------- autograd
+_DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+
+
+@cache
+def _only_implementation_below(keyset: int) -> bool:
+    """Whether, in a call with this set of keys, nothing but the implementation comes below autograd and the states'
+    versions: no mode, no fake tensor, no transform."""
+    below = _DispatchKeySet.from_raw_repr(keyset) & torch._C._after_ADInplaceOrView_keyset
+    return below.highestPriorityTypeId() in (_DispatchKey.CPU, _DispatchKey.CUDA)
+
+
 def _present(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Turns the empty gradients of absent inputs into ``None``."""
     return [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
@@ -360,10 +381,12 @@ def _refuse_forward_mode(op: str) -> None:
 
 def _register_autograd(op: str, setup: Callable[..., None], vjp: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """See NOTE [Autograd kernels]. ``setup(ctx, inputs, output)`` and ``vjp(ctx, *gradients)`` as in PyTorch's own."""
-    overload = getattr(torch.ops.gka, op).default
+    overload, implementation = getattr(torch.ops.gka, op).default, _IMPLEMENTATIONS[op]
 
     def below(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
+            if _only_implementation_below(keyset.raw_repr()):  # what the dispatcher would do, without asking it
+                return implementation(*args)
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx, keyset, *args):
@@ -398,11 +421,14 @@ _register_autograd("chunk_gka_backward", _chunk_gka_backward_setup, _chunk_gka_b
 
 def _recurrent_gka_autograd(keyset, *args):
     _refuse_forward_mode("recurrent_gka")
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:13]):
         raise RuntimeError(
             "recurrent_gka: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
         )
     with torch._C._AutoDispatchBelowAutograd():
+        if _only_implementation_below(keyset.raw_repr()) and keyset.has(_DispatchKey.ADInplaceOrView):
+            increment_version(args[10:12])
+            return _recurrent_gka(*args)
         return torch.ops.gka.recurrent_gka.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 

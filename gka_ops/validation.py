@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gka_ops.numerics import iterations_for
+from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL, iterations_for
 from gka_ops.types import IMPLS, DecayGate, GKAState, Ridge
 
 DEBUG_VARIABLE = "GKA_OPS_DEBUG"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_DEFAULT_COUNT = iterations_for(DEFAULT_RIDGE, DEFAULT_TOL)
 
 _debug_depth = 0
 
@@ -61,8 +63,8 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: expected {name} to have a floating-point dtype, got {tensor.dtype}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) -> None:
-    if tensor.ndim != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[Any, ...], meaning: str) -> None:
+    if tensor.shape != shape:
         raise ValueError(f"{op}: expected {name} of shape {meaning} = {list(shape)}, got {_shape(tensor)}")
 
 
@@ -155,6 +157,8 @@ def check_ridge(
     op: str, ridge: float | Ridge, q: Tensor
 ) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
     """Returns (scale, offset, scale tensor, offset tensor, smallest known scale)."""
+    if type(ridge) is float and 0 <= ridge < float("inf"):  # what nearly every call has
+        return ridge, 0.0, None, None, ridge
     if not isinstance(ridge, Ridge):
         if not _is_number(ridge):
             hint = "; a tensor goes into Ridge(scale=...)" if isinstance(ridge, Tensor) else ""
@@ -204,7 +208,8 @@ def resolve_num_iter(op: str, num_iter: object, tol: float, smallest_ridge: floa
                 f'{op}: expected a ridge scale > 0 with num_iter="auto" (the count grows without bound as it goes to '
                 f"0), got {smallest_ridge}"
             )
-        return iterations_for(smallest_ridge, tol)
+        is_default = smallest_ridge == DEFAULT_RIDGE and tol == DEFAULT_TOL
+        return _DEFAULT_COUNT if is_default else iterations_for(smallest_ridge, tol)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
         raise TypeError(f'{op}: expected num_iter to be an int or "auto", got {num_iter!r}')
     if num_iter < 0:
@@ -230,7 +235,7 @@ def num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> Any:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _check_state_part(op: str, name: str, part: object, shape: Sequence[Any], meaning: str, q: Tensor) -> None:
+def _check_state_part(op: str, name: str, part: object, shape: tuple[Any, ...], meaning: str, q: Tensor) -> None:
     check_tensor(op, name, part)
     assert isinstance(part, Tensor)
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32

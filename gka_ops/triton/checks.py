@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unsupported_reason(q: Tensor) -> str | None:
-    """Why the kernels cannot run on queries [B, T, H, D] like ``q``, or ``None`` if they can."""
-    if q.dtype not in DTYPES:
-        return f"bfloat16, float16 or float32 inputs, got {q.dtype}"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"a head dimension D <= {MAX_HEAD_DIM}, got {q.shape[-1]}"
+def unsupported_reason(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot run on queries of this dtype and head dimension D, or ``None`` if they can."""
+    if dtype not in DTYPES:
+        return f"bfloat16, float16 or float32 inputs, got {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"a head dimension D <= {MAX_HEAD_DIM}, got {head_dim}"
     return None
 
 
-def require_supported(q: Tensor) -> None:
+def require_supported(dtype: torch.dtype, head_dim: int) -> None:
     """Raises TypeError (dtype) or ValueError (size) where the kernels cannot run."""
-    reason = unsupported_reason(q)
+    reason = unsupported_reason(dtype, head_dim)
     if reason is not None:
-        error = TypeError if q.dtype not in DTYPES else ValueError
+        error = TypeError if dtype not in DTYPES else ValueError
         raise error(f'impl="triton": expected {reason}')

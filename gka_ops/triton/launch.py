@@ -27,6 +27,7 @@ from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
+from gka_ops.triton.launcher import launch, replays
 from gka_ops.triton.slabs import slab_count
 
 _MIN_BLOCK = 16  # the least extent of a tensor-core operand
@@ -258,7 +259,7 @@ def chunk_states(
     kk_blocks = p.block_d // block_n if want_kk else 0
     kv_blocks = 0 if p.v is None else p.v_pad // block_r
     if kk_blocks + kv_blocks > 0 and p.N > 0:
-        chunk_state_kernel[(kk_blocks + kv_blocks, p.N * p.H)](
+        launch(chunk_state_kernel, (kk_blocks + kv_blocks, p.N * p.H),
             k=p.k, v=p.v, **p.gate, beta=p.beta, initial_kk=p.initial_kk, initial_kv=p.initial_kv, kk=kk.states,
             kk_units=kk.units, kv=kv.states, kv_units=kv.units, final_kk=kk.final, final_kv=kv.final,
             carry_kk=carry.kk, carry_kv=carry.kv, boundary_kk=boundaries.kk, boundary_kv=boundaries.kv,
@@ -312,7 +313,7 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     if p.tokens == 0:
         return
     kernel = chunk_solve_hopper_kernel if _on_hopper(p) else chunk_solve_kernel
-    kernel[p.chunk_grid(slab)](
+    launch(kernel, p.chunk_grid(slab),
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.ridge,
         **p.geometry, **p.numerics, **p.config.solve.launch_options(),
@@ -330,7 +331,7 @@ def read_out(p: _Problem, solved: _Solved, kv: _States) -> Tensor:
     output = p.new(p.B, p.T, p.H, p.V, dtype=p.q.dtype)
     if p.tokens == 0:
         return output
-    chunk_readout_kernel[p.chunk_grid(p.whole)](
+    launch(chunk_readout_kernel, p.chunk_grid(p.whole),
         q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **solved.stored_x(), kv=kv.states,
         kv_units=kv.units, output=output, scale=p.scale, GROUP=p.group, OPERAND=_TRITON_DTYPES[p.operand],
         **p.whole.geometry(), **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.readout.launch_options(),
@@ -472,14 +473,14 @@ def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _W
     """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2)."""
     x = solved.stored_x()
     if p.v is not None:
-        chunk_backward_readout_kernel[p.chunk_grid(slab)](
+        launch(chunk_backward_readout_kernel, p.chunk_grid(slab),
             d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=w.kv.states,
             kv_units=w.kv.units, dm=w.rows if p.solve else None, dq=out.dq, d_alpha=out.d_alpha, pi=w.pi,
             scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(),
             **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
         )  # fmt: skip
     if p.solve:
-        chunk_backward_solve_kernel[p.chunk_grid(slab)](
+        launch(chunk_backward_solve_kernel, p.chunk_grid(slab),
             dx=grad if p.v is None else w.rows, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate,
             alpha=p.alpha, beta=p.beta, **x, fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
             y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
@@ -505,7 +506,7 @@ def state_gradients(
     """Stage B: Ω⁺ and Ξ⁺ of every chunk of a slab. What each chunk adds by itself (B1), then the scan over chunks, in
     place (B2), from ``d_end`` at the slab's end to ``d_start`` at its start."""
     config = p.config
-    chunk_backward_state_kernel[(*p.chunk_grid(slab), p.block_d // config.increment_columns)](
+    launch(chunk_backward_state_kernel, (*p.chunk_grid(slab), p.block_d // config.increment_columns),
         d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=w.y, y_scale=w.y_scale, w_local=w.w_local, **p.gate,
         alpha=p.alpha, beta=p.beta, dkk=w.dkk.states, dkk_units=w.increment_kk_units, dkv=w.dkv.states,
         dkv_units=w.increment_kv_units, decay=w.decay, w_first=w.w_first, scale=p.scale, GROUP=p.group,
@@ -513,7 +514,7 @@ def state_gradients(
         OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.values, **p.numerics,
         **config.backward_state.launch_options(),
     )  # fmt: skip
-    chunk_backward_scan_kernel[(w.pieces.total, p.N * p.H)](
+    launch(chunk_backward_scan_kernel, (w.pieces.total, p.N * p.H),
         dkk=w.dkk.states, dkk_units=w.dkk.units, dkv=w.dkv.states, dkv_units=w.dkv.units,
         increment_kk_units=w.increment_kk_units, increment_kv_units=w.increment_kv_units, decay=w.decay,
         w_first=w.w_first, kk=w.kk.states if p.solve or w.traces is not None else None, kk_units=w.kk.units,
@@ -537,12 +538,12 @@ def token_gradients(
         "OPERAND": _TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     if p.v is not None:
-        chunk_backward_value_kernel[p.chunk_grid(slab)](
+        launch(chunk_backward_value_kernel, p.chunk_grid(slab),
             d_output=d_output, v=p.v, alpha=p.alpha, dkv=w.dkv.states, dkv_units=w.dkv.units, dv=out.dv, scale=p.scale,
             **shared, **p.values, **p.config.backward_value.launch_options(),
         )  # fmt: skip
     if w.dkk.states is not None:
-        chunk_backward_key_kernel[p.chunk_grid(slab)](
+        launch(chunk_backward_key_kernel, p.chunk_grid(slab),
             y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
             dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **p.config.backward_key.launch_options(),
         )  # fmt: skip
@@ -553,6 +554,7 @@ def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
     return p.empty() if tensor is None else tensor
 
 
+@replays(lambda: chunk_config)
 def chunk_solve(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
     ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state,
@@ -573,6 +575,7 @@ def chunk_solve(
     return solved.x, _or_empty(p, kk.final), solved.fro
 
 
+@replays(lambda: chunk_config)
 def chunk_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
     cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x,
@@ -692,6 +695,7 @@ def _backward_of_nothing(
     return tuple(gradients)
 
 
+@replays(lambda: chunk_config)
 def chunk_solve_backward(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
     cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm,
@@ -708,6 +712,7 @@ def chunk_solve_backward(
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
 
 
+@replays(lambda: chunk_config)
 def chunk_gka_backward(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
@@ -725,6 +730,7 @@ def chunk_gka_backward(
     return _backward(p, d_output, _Pair(d_final_kk, d_final_kv), solved, _Pair(boundary_kk, boundary_kv))
 
 
+@replays(lambda: recurrent_config)
 def recurrent_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
@@ -737,7 +743,7 @@ def recurrent_gka(
     block_d = _padded(D)
     config = recurrent_config(block_d, _padded(V), T == 1)
     with _on_device(q):
-        recurrent_kernel[(H, B)](
+        launch(recurrent_kernel, (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
             A_log=_contiguous(A_log), dt_bias=_contiguous(dt_bias), alpha=_contiguous(alpha), beta=_contiguous(beta),
             ridge_scale_tensor=_contiguous(ridge_scale_tensor), ridge_offset_tensor=_contiguous(ridge_offset_tensor),

@@ -154,8 +154,9 @@ def test_decode_continues_a_prefill() -> None:
 
 def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer starts as NaN; no NaN may reach an output or a gradient."""
-    from gka_ops.triton import launch
+    from gka_ops.triton import launch, launcher
 
+    launcher.forget()  # a replayed call allocates by itself
     empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(
         launch._Problem, "new",
@@ -164,6 +165,7 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.torch, "empty_like", lambda t, **k: empty_like(t, **k).fill_(float("nan")))
     for options in ({"T": 100}, {"seq_lengths": (70, 0, 30)}):
         check(problem_on_card(**{"H": 4, "Hkv": 2, "D": 64, "V": 64, "gate": True, "state": True, **options}))
+    launcher.forget()
 
 
 def test_results_repeat_bit_for_bit_and_ignore_the_rest_of_the_batch() -> None:

@@ -146,7 +146,10 @@ def recurrent_kernel(
             p_kv = kv + (slot * H + i_h) * D * V + columns(i_v, BLOCK_V)[:, None] + o_r[None, :] * V
             m_kv = (o_v < V)[:, None] & (o_r < D)[None, :]
             b_v = load_vector(v, i_kv, o_v, V, False, NORM_EPS) * b_beta
-            b_u = tl.load(p_kv, mask=m_kv, other=0.0, eviction_policy="evict_first") * gamma[:, None] + b_v[:, None] * b_k[None, :]
+            b_u = (
+                tl.load(p_kv, mask=m_kv, other=0.0, eviction_policy="evict_first") * gamma[:, None]
+                + b_v[:, None] * b_k[None, :]
+            )
             tl.store(p_kv, b_u, mask=m_kv, eviction_policy="evict_first")
             b_o = over_rows(b_u * b_mix[None, :], CHAINS) * scale
             tl.store(output + i_row * V + o_v, b_o.to(output.dtype.element_ty), mask=o_v < V)
