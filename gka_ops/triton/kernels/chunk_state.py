@@ -57,8 +57,8 @@ def walk_sequence(
 ):  # fmt: skip
     """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R.
 
-    S is accumulated in the units in which it is stored next. Each step loads what the next one reads. It starts from
-    the initial state, or from what the earlier slab left (``carry``).
+    S is accumulated in the units in which it is stored next. It starts from the initial state, or from what the earlier
+    slab left (``carry``).
     """
     i_h = i_nh % H
     start, end, number, place, n_chunks = sequence_bounds(
@@ -89,15 +89,10 @@ def walk_sequence(
             bound = largest_entry(carry + p_carry, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
             unit, inverse = fine_unit(bound)
             b_state += tl.load(carry + p_carry + p_state, mask=m_state, other=0.0) * inverse
-    m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
-        k, r, log_decay, beta, start, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
-    )
     for i_c in range(n_chunks):
-        m_t, b_k, b_r, b_g, b_beta = m_next, b_k_next, b_r_next, b_g_next, b_beta_next
-        m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
-            k, r, log_decay, beta, start + (i_c + 1) * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C,
-            SAME_ROWS,
-        )  # fmt: skip
+        m_t, b_k, b_r, b_g, b_beta = load_chunk(
+            k, r, log_decay, beta, start + i_c * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
+        )
         if states is not None:
             i_state = (place + i_c).to(tl.int64) * H + i_h
             tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
