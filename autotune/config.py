@@ -97,7 +97,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         increment_columns=min(padded_d, 64 if is_fp32 else 128),
         scan_entries=2048,
         precision="tf32x3",
-        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=2 if is_fp32 else 3),
+        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=3),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(num_warps=warps, num_stages=1),
         backward_readout=KernelConfig(
