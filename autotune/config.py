@@ -93,7 +93,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         scan_entries=2048,
         precision="tf32x3",
         solve_async=padded_d in (64, 128) and not is_fp32,
-        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=1),
+        state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=3),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(
             num_warps=warps,

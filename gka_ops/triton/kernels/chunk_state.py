@@ -8,7 +8,9 @@ from gka_ops.triton.primitives import (
     largest_entry,
     load_raw_rows,
     load_scalars,
-    scale_keys,
+    pow2_inverse,
+    query_weight,
+    scale_rows,
     sequence_bounds,
     sequence_ends,
     state_unit,
@@ -31,20 +33,58 @@ def load_chunk(
     k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
     R_PAD: tl.constexpr, C: tl.constexpr, SAME_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What one step reads: which of the C tokens from ``first`` exist, their k and r rows as they are, g (raw) and β.
+    """What one step reads of the C tokens from ``first``: their k and r rows as they are; g (raw) and β of the first
+    and of the second half of them. Tokens past the end have rows of zeros.
 
     Only a chunk's first row is counted in 64 bits.
     """
-    o_t = tl.arange(0, C)
-    m_t = first + o_t < end
+    o_t, o_half = tl.arange(0, C), tl.arange(0, C // 2)
+    m_t, m_0, m_1 = first + o_t < end, first + o_half < end, first + C // 2 + o_half < end
     row, row_kv = first.to(tl.int64) * H + i_h, first.to(tl.int64) * (H // GROUP) + i_h // GROUP
     b_k = load_raw_rows(k + row_kv * D, o_t * (H // GROUP), m_t, o_d, D, BLOCK_D)
     b_r = b_k
     if not SAME_ROWS:
         b_r = load_raw_rows(r + row_kv * R, o_t * (H // GROUP), m_t, o_r, R, R_PAD)
-    b_g = load_scalars(log_decay, row + o_t * H, m_t, 0.0)
-    b_beta = load_scalars(beta, row + o_t * H, m_t, 1.0)
-    return m_t, b_k, b_r, b_g, b_beta
+    o_0, o_1 = row + o_half * H, row + C // 2 * H + o_half * H
+    g_0, g_1 = load_scalars(log_decay, o_0, m_0, 0.0), load_scalars(log_decay, o_1, m_1, 0.0)
+    beta_0, beta_1 = load_scalars(beta, o_0, m_0, 1.0), load_scalars(beta, o_1, m_1, 1.0)
+    return b_k, b_r, g_0, g_1, beta_0, beta_1
+
+
+@triton.jit
+def step_operands(
+    b_k, b_r, g_0, g_1, beta_0, beta_1, A_log, dt_bias, bound, unit, first, end, i_h, C: tl.constexpr,
+    OPERAND: tl.constexpr, RIGHT_IS_KEY: tl.constexpr, SAME_ROWS: tl.constexpr, QK_L2NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr, MIN_LOG_DECAY: tl.constexpr,
+):  # fmt: skip
+    """(left [C, BLOCK_D], right [C, BLOCK_R], factor, bound, unit) of S' = factor·S + leftᵀ right, in units of S'.
+
+    Nothing here depends on S. Half a chunk's scalars fill one warp, so sums over them need no other.
+    """
+    o_half = first + tl.arange(0, C // 2)
+    g_0 = effective_log_decay(g_0, A_log, dt_bias, o_half < end, i_h, MIN_LOG_DECAY)
+    g_1 = effective_log_decay(g_1, A_log, dt_bias, o_half + C // 2 < end, i_h, MIN_LOG_DECAY)
+    c_1 = tl.sum(g_1, axis=0)
+    c_end = tl.sum(g_0, axis=0) + c_1
+    gamma_end = tl.exp(c_end)
+    weight_0 = tl.exp(c_end - tl.cumsum(g_0, axis=0)) * beta_0 * beta_0  # τ β²
+    weight_1 = tl.exp(c_1 - tl.cumsum(g_1, axis=0)) * beta_1 * beta_1
+    weight = tl.reshape(tl.trans(tl.join(weight_0, weight_1)), (C,))
+    b_k, unit_k = scale_rows(b_k.to(tl.float32))
+    nu = query_weight(b_k, unit_k, QK_L2NORM, NORM_EPS)
+    weight *= nu
+    b_r = b_k if SAME_ROWS else b_r.to(tl.float32)
+    if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
+        weight *= nu
+        bound_update = 4 * tl.sum(weight, axis=0)
+    else:
+        bound_update = 2 * tl.sum(weight * tl.max(tl.abs(b_r), axis=1), axis=0)
+    bound = bound * gamma_end + bound_update
+    unit_next, inverse = fine_unit(bound)
+    weight *= inverse
+    if RIGHT_IS_KEY and not SAME_ROWS:
+        weight *= pow2_inverse(unit_k)
+    return b_k.to(OPERAND), (b_r * weight[:, None]).to(OPERAND), gamma_end * unit * inverse, bound, unit_next
 
 
 @triton.jit
@@ -57,8 +97,11 @@ def walk_sequence(
 ):  # fmt: skip
     """Column block ``i_r`` of the state S [BLOCK_D, R_PAD] of keys and right-hand rows r: S' = γ_C S + Kᵀ diag(τ) R.
 
-    S is accumulated in the units in which it is stored next. Each step loads what the next one reads. It starts from
-    the initial state, or from what the earlier slab left (``carry``).
+    S is accumulated in the units in which it is stored next. It starts from the initial state, or from what the earlier
+    slab left (``carry``).
+
+    Loads must be pipelined (num_stages >= 3) and not carried in registers: 16-bit elements of a carried tile are taken
+    apart early in the step that loads them, which then waits for memory.
     """
     i_h = i_nh % H
     start, end, number, place, n_chunks = sequence_bounds(
@@ -89,49 +132,25 @@ def walk_sequence(
             bound = largest_entry(carry + p_carry, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
             unit, inverse = fine_unit(bound)
             b_state += tl.load(carry + p_carry + p_state, mask=m_state, other=0.0) * inverse
-    m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
-        k, r, log_decay, beta, start, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
-    )
     for i_c in range(n_chunks):
-        m_t, b_k, b_r, b_g, b_beta = m_next, b_k_next, b_r_next, b_g_next, b_beta_next
-        m_next, b_k_next, b_r_next, b_g_next, b_beta_next = load_chunk(
-            k, r, log_decay, beta, start + (i_c + 1) * C, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C,
-            SAME_ROWS,
-        )  # fmt: skip
+        first = start + i_c * C
+        b_k, b_r, g_0, g_1, beta_0, beta_1 = load_chunk(
+            k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
+        )
         if states is not None:
             i_state = (place + i_c).to(tl.int64) * H + i_h
             tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
-            b_unit = tl.full((UNITS,), unit / FINE, tl.float32)
+            b_unit = tl.full((UNITS,), unit * (1 / FINE), tl.float32)
             if RIGHT_IS_KEY:
                 tl.store(units + i_state + o_unit, b_unit, mask=o_unit == 0)
             else:
                 tl.store(units + i_state * (R_PAD // BLOCK_R * UNITS) + o_unit, b_unit)
 
-        b_g = effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
-        c_end = tl.sum(b_g, axis=0)
-        gamma_end = tl.exp(c_end)
-        b_tau = tl.exp(c_end - tl.cumsum(b_g, axis=0))
-        b_k, kappa, unit_k = scale_keys(b_k.to(tl.float32), b_beta, QK_L2NORM, NORM_EPS)
-        if RIGHT_IS_KEY:  # scaled entries are below 2, so those of k̂ k̂ᵀ below 4; every column block must find the same
-            weight = b_tau * kappa * kappa
-            bound_update = 4 * tl.sum(weight, axis=0)
-            if SAME_ROWS:
-                b_r = b_k
-            else:
-                b_r = b_r.to(tl.float32) * (1 / unit_k)[:, None]
-        else:
-            b_r = b_r.to(tl.float32)
-            weight = b_tau * kappa * b_beta
-            bound_update = 2 * tl.sum(weight * tl.max(tl.abs(b_r), axis=1), axis=0)
-        bound = bound * gamma_end + bound_update
-        unit_next, inverse = fine_unit(bound)
-        b_state = tl.dot(
-            tl.trans(b_k.to(OPERAND)),
-            (b_r * (weight * inverse)[:, None]).to(OPERAND),
-            b_state * (gamma_end * unit * inverse),
-            input_precision=PRECISION,
-        )
-        unit = unit_next
+        b_left, b_right, factor, bound, unit = step_operands(
+            b_k, b_r, g_0, g_1, beta_0, beta_1, A_log, dt_bias, bound, unit, first, end, i_h, C, OPERAND, RIGHT_IS_KEY,
+            SAME_ROWS, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
+        )  # fmt: skip
+        b_state = tl.dot(tl.trans(b_left), b_right, b_state * factor, input_precision=PRECISION)
         if boundary is not None:
             next_number = number + i_c + 1
             if (next_number % boundary_chunks == 0) & (i_c + 1 < n_chunks):
