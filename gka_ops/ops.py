@@ -156,7 +156,7 @@ def _chunk_gka_fake(
     if save_x and _runs_triton(q, impl):
         from gka_ops.triton.slabs import slab_count  # does not import Triton
 
-        boundaries = slab_count(B, T, H, None if cu_seqlens is None else N) - 1
+        boundaries = slab_count(B, T, H, None if cu_seqlens is None else N, solve=num_iter > 0) - 1
         rows = boundaries * (B if cu_seqlens is None else 1) * H * D
         boundary_kv = q.new_empty(rows, V, dtype=dtype)
         if num_iter > 0 or output_final_state:

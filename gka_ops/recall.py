@@ -63,8 +63,8 @@ class Recall:
         others_of, tensors_of = _selects([i for i in range(len(args)) if i not in tensors]), _selects(tensors)
         guards = TensorGuards(
             *tensors_of(args),
-            dynamic_dims_sizes=[list(args[i].shape) for i in tensors],
-            dynamic_dims_strides=[list(args[i].stride()) for i in tensors],
+            dynamic_dims_sizes=[list(args[i].shape) for i in tensors],  # type: ignore[misc]  # its stub forgets a list
+            dynamic_dims_strides=[list(args[i].stride()) for i in tensors],  # type: ignore[misc]
         )
         entry = _Entry(types, others_of, others_of(args), tensors_of, guards.check, value)
         self._entries = (entry, *self._entries[: _MAX_ENTRIES - 1])

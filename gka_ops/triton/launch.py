@@ -121,12 +121,12 @@ class _Problem:
         if cu_seqlens is None:
             self.N = self.side_by_side = self.B
             self.length = triton.cdiv(self.T, chunk)
-            slabs = slab_count(self.B, self.T, self.H)
+            slabs = slab_count(self.B, self.T, self.H, solve=self.solve)
         else:
             self.N, self.side_by_side = cu_seqlens.shape[0] - 1, 1
             self.length = self.tokens // chunk + self.N  # an upper bound that needs no read of the device
             self._chunk_tables(cu_seqlens, chunk)
-            slabs = slab_count(1, self.tokens, self.H, self.N)
+            slabs = slab_count(1, self.tokens, self.H, self.N, solve=self.solve)
         self.whole = _Slab(0, max(1, self.length))
         self.boundaries = int(slabs) - 1
         self.slab_chunks = triton.cdiv(self.whole.chunks, int(slabs))
@@ -152,7 +152,8 @@ class _Problem:
         """chunk -> sequence and sequence -> first chunk, on the device. Boundaries are made monotone from 0 to T, so
         that malformed ones cannot write out of bounds."""
         bounds = torch.cummax(cu_seqlens.long().clamp(0, self.tokens), dim=0).values
-        bounds[0], bounds[-1] = 0, self.tokens
+        bounds[:1].zero_()
+        bounds[-1:].fill_(self.tokens)
         counts = (bounds.diff() + (chunk - 1)) // chunk
         ends = counts.cumsum(0)
         index = torch.arange(self.length, device=cu_seqlens.device)

@@ -18,12 +18,17 @@ LEAST_CHUNKS = 16
 Size = int | torch.SymInt
 
 
-def slab_count(B: Size, T: Size, H: Size, sequences: Size | None = None) -> Size:
-    """Into how many slabs a call is cut, at most; at least 1. ``sequences``: number of packed ones, or ``None``."""
+def slab_count(B: Size, T: Size, H: Size, sequences: Size | None = None, *, solve: bool = True) -> Size:
+    """Into how many slabs a call is cut, at most; at least 1.
+
+    ``sequences``: number of packed ones, or ``None``. Without a solve there is one state a chunk instead of two, so slabs
+    are twice as long.
+    """
     if sequences is None:
         side_by_side, length = B, (T + TOKENS - 1) // TOKENS
     else:
         side_by_side, length = 1, T // TOKENS + sequences
     heads = torch.sym_max(side_by_side * H, 1)
-    chunks = torch.sym_max((PROGRAMS + heads - 1) // heads, LEAST_CHUNKS)
+    programs = PROGRAMS if solve else 2 * PROGRAMS
+    chunks = torch.sym_max((programs + heads - 1) // heads, LEAST_CHUNKS)
     return (torch.sym_max(length, 1) + chunks - 1) // chunks

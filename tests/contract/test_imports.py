@@ -31,6 +31,7 @@ RULES = (
         lazy=("gka_ops.nn",),
     ),
     Rule("gka_ops.api", ours=("gka_ops.ops", "gka_ops.validation", "gka_ops.types", NUMERICS), third_party=TORCH),
+    Rule("gka_ops.recall", third_party=TORCH),
     Rule("gka_ops.types", ours=(NUMERICS,), third_party=TORCH),
     Rule("gka_ops.validation", ours=("gka_ops.types", NUMERICS), third_party=TORCH),
     Rule(
@@ -56,6 +57,7 @@ RULES = (
         "gka_ops.triton*",  # launch, and what it may be split into
         ours=(
             "gka_ops.triton.*",
+            "gka_ops.recall",
             "gka_ops.autotune.config",
             "gka_ops.autotune.cache",
             "gka_ops.autotune.heuristics",

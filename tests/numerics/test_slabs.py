@@ -147,6 +147,7 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_number_of_slabs() -> None:
     assert slabs.slab_count(2, 8192, 32) == 4
+    assert slabs.slab_count(2, 8192, 32, solve=False) == 2
     assert slabs.slab_count(1, 131072, 32) == 32
     assert slabs.slab_count(2, 2048, 32) == 1
     assert slabs.slab_count(256, 2048, 32) == 2  # slabs are never shorter than LEAST_CHUNKS
