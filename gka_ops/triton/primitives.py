@@ -52,17 +52,6 @@ def as_sums(b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def dot_transposed_split(b_x, b_y, PRECISION: tl.constexpr):
-    """x @ yᵀ for operand x [M, K] and fp32 y [N, K], y split into two fp16 terms so that its rounding does not show."""
-    if b_x.dtype == tl.float16:
-        b_hi = b_y.to(tl.float16)
-        b_lo = (b_y - b_hi.to(tl.float32)).to(tl.float16)
-        return tl.dot(b_x, tl.trans(b_lo), tl.dot(b_x, tl.trans(b_hi)))
-    else:
-        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
-
-
-@triton.jit
 def key_operand(b_k, b_beta, OPERAND: tl.constexpr, QK_L2NORM: tl.constexpr, NORM_EPS: tl.constexpr):
     """Key rows as they came in -> (operand rows [C, D], weight [C]) with effective key weight_s·row_s.
 

@@ -21,8 +21,8 @@ Size = int | torch.SymInt
 def slab_count(B: Size, T: Size, H: Size, sequences: Size | None = None, *, solve: bool = True) -> Size:
     """Into how many slabs a call is cut, at most; at least 1.
 
-    ``sequences``: number of packed ones, or ``None``. Without a solve there is one state a chunk instead of two, so slabs
-    are twice as long.
+    ``sequences``: number of packed ones, or ``None``. Without a solve there is one state a chunk instead of two, so
+    slabs are twice as long.
     """
     if sequences is None:
         side_by_side, length = B, (T + TOKENS - 1) // TOKENS

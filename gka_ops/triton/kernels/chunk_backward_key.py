@@ -8,7 +8,6 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decay_between,
     decayed_max,
-    dot_transposed_split,
     keys_times_state,
     load_log_decay,
     load_scalars,
@@ -165,11 +164,12 @@ def chunk_backward_key_kernel(
         b_kx = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * along[None, :]
         b_kx += tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION) * across[None, :]
         b_kx *= b_e
-        b_dk = tl.dot(b_kx.to(OPERAND), b_y.to(OPERAND), b_dk, input_precision=PRECISION)
-        if y.dtype.element_ty == OPERAND:
-            b_ky = tl.dot(b_k, tl.trans(b_y), input_precision=PRECISION)
-        else:
-            b_ky = dot_transposed_split(b_k, b_y, PRECISION)
+        b_y_hi = b_y.to(OPERAND)
+        b_dk = tl.dot(b_kx.to(OPERAND), b_y_hi, b_dk, input_precision=PRECISION)
+        b_ky = tl.dot(b_k, tl.trans(b_y_hi), input_precision=PRECISION)
+        if y.dtype.element_ty != OPERAND:  # the scores need all of y. Added: as the sum of one product it went wrong on
+            b_y_lo = (b_y - b_y_hi.to(tl.float32)).to(OPERAND)  # a Hopper card with four warps, differently in each run
+            b_ky += tl.dot(b_k, tl.trans(b_y_lo), input_precision=PRECISION)
         b_pairs += tl.sum(b_kx * b_ky, axis=1)
         b_m += nu * nu * unit * b_pairs
         b_ky *= b_e
