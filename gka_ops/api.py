@@ -6,7 +6,7 @@ h // (H / Hkv)), D key dimension, V value dimension, N sequences. Equation numbe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from gka_ops import ops  # noqa: F401  (registers torch.ops.gka)
 from gka_ops import validation as check
 from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL
+from gka_ops.recall import Recall
 from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl, Ridge
 
 
@@ -23,6 +24,84 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+# NOTE [Arguments that were checked]
+# What the checks say follows from the arguments' types, from the tensors' metadata and from the values of the others.
+# So a call like one that passed is not checked again. A graph that is being traced is checked every time.
+_checked_chunk_gka, _checked_recurrent_gka = Recall(), Recall()
+
+
+def _signature(
+    state: GKAState | None, ridge: float | Ridge, gate: DecayGate | None, *others: Any
+) -> tuple[Any, ...] | None:
+    """The arguments as :class:`Recall` wants them, ``None`` while tracing."""
+    if torch.compiler.is_compiling():
+        return None
+    return (
+        *others, torch.is_grad_enabled(), type(state), type(ridge), type(gate),
+        *(state if type(state) is GKAState else (state, None)),
+        *(ridge if type(ridge) is Ridge else (ridge, None, None)),
+        *(gate if type(gate) is DecayGate else (gate, None)),
+    )  # fmt: skip
+
+
+def _ridge_tensors(ridge: float | Ridge) -> tuple[Tensor | None, Tensor | None]:
+    if type(ridge) is float or not isinstance(ridge, Ridge):
+        return None, None
+    scale, offset, _ = ridge
+    return scale if isinstance(scale, Tensor) else None, offset if isinstance(offset, Tensor) else None
+
+
+def _check_chunk_gka(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None,
+    ridge: float | Ridge, num_iter: int | Literal["auto"], tol: float, scale: float | None, qk_l2norm: bool,
+    gate: DecayGate | None, initial_state: GKAState | None, output_final_state: bool, cu_seqlens: Tensor | None,
+    impl: Impl,
+) -> tuple[float, float, int, float, bool]:  # fmt: skip
+    """Returns the ridge's floats, the iteration count, the read-out scale, and whether a backward may follow."""
+    op = "chunk_gka"
+    check.check_qkv(op, q, k, v)
+    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    check.check_cu_seqlens(op, cu_seqlens, q)
+    check.check_flag(op, "qk_l2norm", qk_l2norm)
+    check.check_flag(op, "output_final_state", output_final_state)
+    check.check_backend(op, impl, q)
+    kk, kv = check.check_gka_state(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q, v)
+    saves = _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv)
+    return r, b, count, check.resolve_scale(op, scale, q), saves
+
+
+def _check_recurrent_gka(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None,
+    state: GKAState, state_indices: Tensor | None, ridge: float | Ridge, num_iter: int | Literal["auto"], tol: float,
+    scale: float | None, qk_l2norm: bool, gate: DecayGate | None, impl: Impl,
+) -> tuple[float, float, int, float]:  # fmt: skip
+    """Returns the ridge's floats, the iteration count and the read-out scale."""
+    op = "recurrent_gka"
+    check.check_qkv(op, q, k, v)
+    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    check.check_flag(op, "qk_l2norm", qk_l2norm)
+    check.check_backend(op, impl, q)
+    check.check_state_indices(op, state_indices, q)
+    if state is None:
+        raise TypeError(f"{op}: expected state to be a GKAState, got None")
+    kk, kv = check.check_gka_state(op, "state", state, None if state_indices is not None else q.shape[0], q, v)
+    for name, part in (("state.kk", kk), ("state.kv", kv)):
+        check.check_contiguous(op, name, part)
+    if _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv):
+        raise RuntimeError(
+            f"{op}: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
+        )
+    return r, b, count, check.resolve_scale(op, scale, q)
 
 
 def chunk_gka(
@@ -86,22 +165,27 @@ def chunk_gka(
     gradient. Second derivatives are those of the exact solve, in fp64 and token by token: for small problems, and in
     eager mode only. Forward-mode differentiation raises ``NotImplementedError``.
     """
-    op = "chunk_gka"
-    check.check_qkv(op, q, k, v)
-    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
-        check.check_per_token(op, name, tensor, q)
-    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
-    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
-    count = check.resolve_num_iter(op, num_iter, tol, smallest)
-    check.check_cu_seqlens(op, cu_seqlens, q)
-    check.check_flag(op, "qk_l2norm", qk_l2norm)
-    check.check_flag(op, "output_final_state", output_final_state)
-    check.check_backend(op, impl, q)
-    kk, kv = check.check_gka_state(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q, v)
-    saves = _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv)
+    signature = _signature(
+        initial_state, ridge, gate, q, k, v, log_decay, alpha, beta, num_iter, tol, scale, qk_l2norm,
+        output_final_state, cu_seqlens, impl,
+    )  # fmt: skip
+    found = None if signature is None else _checked_chunk_gka.find(signature)
+    if found is None:
+        resolved = _check_chunk_gka(
+            q, k, v, log_decay, alpha, beta, ridge, num_iter, tol, scale, qk_l2norm, gate, initial_state,
+            output_final_state, cu_seqlens, impl,
+        )  # fmt: skip
+        if signature is not None:
+            _checked_chunk_gka.keep(signature, resolved)
+    else:
+        resolved = found[0]
+    r, b, count, factor, saves = resolved
+    r_tensor, b_tensor = _ridge_tensors(ridge)
+    A_log, dt_bias = (None, None) if gate is None else gate
+    kk, kv = (None, None) if initial_state is None else initial_state
     output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, cu_seqlens,
-        r, b, count, check.resolve_scale(op, scale, q), qk_l2norm, output_final_state, saves, impl,
+        r, b, count, factor, qk_l2norm, output_final_state, saves, impl,
     )  # fmt: skip
     return GKAOutput(output, GKAState(final_kk, final_kv) if output_final_state else None)
 
@@ -192,26 +276,22 @@ def recurrent_gka(
         TypeError: a dtype or an argument type is not as documented.
         RuntimeError: an input requires a gradient while gradients are enabled.
     """
-    op = "recurrent_gka"
-    check.check_qkv(op, q, k, v)
-    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
-        check.check_per_token(op, name, tensor, q)
-    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
-    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
-    count = check.resolve_num_iter(op, num_iter, tol, smallest)
-    check.check_flag(op, "qk_l2norm", qk_l2norm)
-    check.check_backend(op, impl, q)
-    check.check_state_indices(op, state_indices, q)
-    if state is None:
-        raise TypeError(f"{op}: expected state to be a GKAState, got None")
-    kk, kv = check.check_gka_state(op, "state", state, None if state_indices is not None else q.shape[0], q, v)
-    for name, part in (("state.kk", kk), ("state.kv", kv)):
-        check.check_contiguous(op, name, part)
-    if _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv):
-        raise RuntimeError(
-            f"{op}: expected inputs that require no gradient, or torch.no_grad(): decode is not differentiable"
+    signature = _signature(
+        state, ridge, gate, q, k, v, log_decay, alpha, beta, state_indices, num_iter, tol, scale, qk_l2norm, impl
+    )
+    found = None if signature is None else _checked_recurrent_gka.find(signature)
+    if found is None:
+        resolved = _check_recurrent_gka(
+            q, k, v, log_decay, alpha, beta, state, state_indices, ridge, num_iter, tol, scale, qk_l2norm, gate, impl
         )
+        if signature is not None:
+            _checked_recurrent_gka.keep(signature, resolved)
+    else:
+        resolved = found[0]
+    r, b, count, factor = resolved
+    r_tensor, b_tensor = _ridge_tensors(ridge)
+    A_log, dt_bias = (None, None) if gate is None else gate
     return torch.ops.gka.recurrent_gka(
-        q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, state_indices,
-        r, b, count, check.resolve_scale(op, scale, q), qk_l2norm, impl,
+        q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, *state, state_indices,
+        r, b, count, factor, qk_l2norm, impl,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 _MAX_ENTRIES = 8  # they are tried one after the other
+_TensorGuards: Any = TensorGuards  # its stub knows less than it takes
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -61,10 +62,10 @@ class Recall:
         if any(types[i] not in _PLAIN for i in tensors):
             return
         others_of, tensors_of = _selects([i for i in range(len(args)) if i not in tensors]), _selects(tensors)
-        guards = TensorGuards(
+        guards = _TensorGuards(
             *tensors_of(args),
-            dynamic_dims_sizes=[list(args[i].shape) for i in tensors],  # type: ignore[misc]  # its stub forgets a list
-            dynamic_dims_strides=[list(args[i].stride()) for i in tensors],  # type: ignore[misc]
+            dynamic_dims_sizes=[list(args[i].shape) for i in tensors],
+            dynamic_dims_strides=[list(args[i].stride()) for i in tensors],
         )
         entry = _Entry(types, others_of, others_of(args), tensors_of, guards.check, value)
         self._entries = (entry, *self._entries[: _MAX_ENTRIES - 1])

@@ -95,7 +95,7 @@ class _Plan(NamedTuple):
     """
 
     device: torch.device
-    device_index: int
+    ordinal: int
     constants: list[Any]
     outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # sizes, strides
     empty_outputs: list[Tensor]  # to be copied: no operation of PyTorch makes a tensor without elements as fast
@@ -105,7 +105,7 @@ class _Plan(NamedTuple):
     launches: list[_Launch]
 
     def run(self, pointers: list[int]) -> Any:
-        if _current_device() != self.device_index:
+        if _current_device() != self.ordinal:
             with torch.cuda.device(self.device):
                 return self.run(pointers)
         device = self.device
@@ -120,7 +120,7 @@ class _Plan(NamedTuple):
             values.append(0)
         for place, offset in self.parts:
             values.append(values[place] + offset)
-        stream = driver.active.get_current_stream(self.device_index)
+        stream = driver.active.get_current_stream(self.ordinal)
         if _hooked():
             for kernel, grid, arguments, _, _ in self.launches:
                 kernel[grid](*arguments(values), stream=stream)

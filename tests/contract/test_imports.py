@@ -30,7 +30,11 @@ RULES = (
         ours=("gka_ops._version", "gka_ops.api", "gka_ops.types", "gka_ops.validation", NUMERICS),
         lazy=("gka_ops.nn",),
     ),
-    Rule("gka_ops.api", ours=("gka_ops.ops", "gka_ops.validation", "gka_ops.types", NUMERICS), third_party=TORCH),
+    Rule(
+        "gka_ops.api",
+        ours=("gka_ops.ops", "gka_ops.recall", "gka_ops.validation", "gka_ops.types", NUMERICS),
+        third_party=TORCH,
+    ),
     Rule("gka_ops.recall", third_party=TORCH),
     Rule("gka_ops.types", ours=(NUMERICS,), third_party=TORCH),
     Rule("gka_ops.validation", ours=("gka_ops.types", NUMERICS), third_party=TORCH),
@@ -235,7 +239,10 @@ def test_import_loads_neither_triton_nor_implementations() -> None:
         print(*sorted(set(sys.modules) - before))
     """).split()
     ours = {name for name in loaded if name.split(".")[0] == "gka_ops"}
-    expected = {"gka_ops", *(f"gka_ops.{m}" for m in ("_version", "api", "numerics", "ops", "types", "validation"))}
+    expected = {
+        "gka_ops",
+        *(f"gka_ops.{m}" for m in ("_version", "api", "numerics", "ops", "recall", "types", "validation")),
+    }
     assert ours == expected
     outside = {name.split(".")[0] for name in loaded} - {"gka_ops", "torch"}
     assert outside <= set(sys.stdlib_module_names), sorted(outside - set(sys.stdlib_module_names))
