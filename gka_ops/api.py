@@ -6,6 +6,7 @@ h // (H / Hkv)), D key dimension, V value dimension, N sequences. Equation numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,7 @@ from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # a generator for any() takes longer
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # NOTE [Arguments that were checked]
@@ -53,6 +50,31 @@ def _ridge_tensors(ridge: float | Ridge) -> tuple[Tensor | None, Tensor | None]:
     return scale if isinstance(scale, Tensor) else None, offset if isinstance(offset, Tensor) else None
 
 
+def _recalled(recall: Recall, signature: tuple[Any, ...] | None, checked: Callable[[], Any]) -> Any:
+    """What ``checked`` returned for a call like this one, or else returns now."""
+    if signature is None:
+        return checked()
+    found = recall.find(signature)
+    if found is not None:
+        return found[0]
+    value = checked()
+    recall.keep(signature, value)
+    return value
+
+
+def _check_tokens(
+    op: str, q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, alpha: Tensor | None,
+    beta: Tensor | None, gate: DecayGate | None, ridge: float | Ridge, num_iter: int | Literal["auto"], tol: float,
+) -> tuple[float, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]:  # fmt: skip
+    """What every function checks first. Returns the ridge's floats and tensors, the gate's, and the iteration count."""
+    check.check_qkv(op, q, k, v)
+    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
+        check.check_per_token(op, name, tensor, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
+    return r, b, r_tensor, b_tensor, A_log, dt_bias, check.resolve_num_iter(op, num_iter, tol, smallest)
+
+
 def _check_chunk_gka(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None,
     ridge: float | Ridge, num_iter: int | Literal["auto"], tol: float, scale: float | None, qk_l2norm: bool,
@@ -61,12 +83,9 @@ def _check_chunk_gka(
 ) -> tuple[float, float, int, float, bool]:  # fmt: skip
     """Returns the ridge's floats, the iteration count, the read-out scale, and whether a backward may follow."""
     op = "chunk_gka"
-    check.check_qkv(op, q, k, v)
-    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
-        check.check_per_token(op, name, tensor, q)
-    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
-    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
-    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    r, b, r_tensor, b_tensor, A_log, dt_bias, count = _check_tokens(
+        op, q, k, v, log_decay, alpha, beta, gate, ridge, num_iter, tol
+    )
     check.check_cu_seqlens(op, cu_seqlens, q)
     check.check_flag(op, "qk_l2norm", qk_l2norm)
     check.check_flag(op, "output_final_state", output_final_state)
@@ -83,12 +102,9 @@ def _check_recurrent_gka(
 ) -> tuple[float, float, int, float]:  # fmt: skip
     """Returns the ridge's floats, the iteration count and the read-out scale."""
     op = "recurrent_gka"
-    check.check_qkv(op, q, k, v)
-    for name, tensor in (("log_decay", log_decay), ("alpha", alpha), ("beta", beta)):
-        check.check_per_token(op, name, tensor, q)
-    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
-    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
-    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    r, b, r_tensor, b_tensor, A_log, dt_bias, count = _check_tokens(
+        op, q, k, v, log_decay, alpha, beta, gate, ridge, num_iter, tol
+    )
     check.check_flag(op, "qk_l2norm", qk_l2norm)
     check.check_backend(op, impl, q)
     check.check_state_indices(op, state_indices, q)
@@ -169,17 +185,12 @@ def chunk_gka(
         initial_state, ridge, gate, q, k, v, log_decay, alpha, beta, num_iter, tol, scale, qk_l2norm,
         output_final_state, cu_seqlens, impl,
     )  # fmt: skip
-    found = None if signature is None else _checked_chunk_gka.find(signature)
-    if found is None:
-        resolved = _check_chunk_gka(
+    r, b, count, factor, saves = _recalled(
+        _checked_chunk_gka, signature, lambda: _check_chunk_gka(
             q, k, v, log_decay, alpha, beta, ridge, num_iter, tol, scale, qk_l2norm, gate, initial_state,
             output_final_state, cu_seqlens, impl,
-        )  # fmt: skip
-        if signature is not None:
-            _checked_chunk_gka.keep(signature, resolved)
-    else:
-        resolved = found[0]
-    r, b, count, factor, saves = resolved
+        )
+    )  # fmt: skip
     r_tensor, b_tensor = _ridge_tensors(ridge)
     A_log, dt_bias = (None, None) if gate is None else gate
     kk, kv = (None, None) if initial_state is None else initial_state
@@ -221,12 +232,9 @@ def chunk_solve(
         TypeError: a dtype or an argument type is not as documented.
     """
     op = "chunk_solve"
-    check.check_qkv(op, q, k, None)
-    for name, tensor in (("log_decay", log_decay), ("beta", beta)):
-        check.check_per_token(op, name, tensor, q)
-    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
-    r, b, r_tensor, b_tensor, smallest = check.check_ridge(op, ridge, q)
-    count = check.resolve_num_iter(op, num_iter, tol, smallest)
+    r, b, r_tensor, b_tensor, A_log, dt_bias, count = _check_tokens(
+        op, q, k, None, log_decay, None, beta, gate, ridge, num_iter, tol
+    )
     check.check_cu_seqlens(op, cu_seqlens, q)
     check.check_flag(op, "qk_l2norm", qk_l2norm)
     check.check_flag(op, "output_final_state", output_final_state)
@@ -279,16 +287,11 @@ def recurrent_gka(
     signature = _signature(
         state, ridge, gate, q, k, v, log_decay, alpha, beta, state_indices, num_iter, tol, scale, qk_l2norm, impl
     )
-    found = None if signature is None else _checked_recurrent_gka.find(signature)
-    if found is None:
-        resolved = _check_recurrent_gka(
+    r, b, count, factor = _recalled(
+        _checked_recurrent_gka, signature, lambda: _check_recurrent_gka(
             q, k, v, log_decay, alpha, beta, state, state_indices, ridge, num_iter, tol, scale, qk_l2norm, gate, impl
         )
-        if signature is not None:
-            _checked_recurrent_gka.keep(signature, resolved)
-    else:
-        resolved = found[0]
-    r, b, count, factor = resolved
+    )  # fmt: skip
     r_tensor, b_tensor = _ridge_tensors(ridge)
     A_log, dt_bias = (None, None) if gate is None else gate
     return torch.ops.gka.recurrent_gka(

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL, iterations_for
+from gka_ops.numerics import iterations_for
 from gka_ops.types import IMPLS, DecayGate, GKAState, Ridge
 
 DEBUG_VARIABLE = "GKA_OPS_DEBUG"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-_DEFAULT_COUNT = iterations_for(DEFAULT_RIDGE, DEFAULT_TOL)
 
 _debug_depth = 0
 
@@ -157,8 +155,6 @@ def check_ridge(
     op: str, ridge: float | Ridge, q: Tensor
 ) -> tuple[float, float, Tensor | None, Tensor | None, float | None]:
     """Returns (scale, offset, scale tensor, offset tensor, smallest known scale)."""
-    if type(ridge) is float and 0 <= ridge < float("inf"):  # what nearly every call has
-        return ridge, 0.0, None, None, ridge
     if not isinstance(ridge, Ridge):
         if not _is_number(ridge):
             hint = "; a tensor goes into Ridge(scale=...)" if isinstance(ridge, Tensor) else ""
@@ -208,8 +204,7 @@ def resolve_num_iter(op: str, num_iter: object, tol: float, smallest_ridge: floa
                 f'{op}: expected a ridge scale > 0 with num_iter="auto" (the count grows without bound as it goes to '
                 f"0), got {smallest_ridge}"
             )
-        is_default = smallest_ridge == DEFAULT_RIDGE and tol == DEFAULT_TOL
-        return _DEFAULT_COUNT if is_default else iterations_for(smallest_ridge, tol)
+        return iterations_for(smallest_ridge, tol)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
         raise TypeError(f'{op}: expected num_iter to be an int or "auto", got {num_iter!r}')
     if num_iter < 0:

@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from itertools import accumulate
 from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeAlias
 
@@ -249,8 +250,8 @@ class _Recorder(TorchDispatchMode):
         place_of_buffer = {address: before + i for i, address in enumerate(outputs)}
         workspace = before + len(outputs)
         parts: list[tuple[int, int]] = []
-        for i, address in enumerate(sizes):
-            parts.append((workspace, sum(list(sizes.values())[:i])))
+        for address, offset in zip(sizes, accumulate(sizes.values(), initial=0), strict=False):  # the last is the end
+            parts.append((workspace, offset))
             place_of_buffer[address] = workspace + len(parts)
 
         def place_of(value: object) -> int | None:

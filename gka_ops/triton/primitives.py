@@ -443,7 +443,7 @@ def next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2):
 def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexpr):
     """z ≈ B^{-1} b for rows b [C, BLOCK_D] fp32 by num_iter applications of B, increment form (MATH.md §3.1, 3.3).
 
-    B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1]; without the middle term where ``b_k`` is None.
+    B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1].
     ``delta`` is a scalar or [C, 1].
 
     The increments are β d with d <- c d + r, one product an entry: β = 2ν, but ν in the first. β and d are rounded to
@@ -459,16 +459,14 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
     b_z = tl.zeros(b_b.shape, tl.float32)
     b_s = b_b
     b_phi = (-phi).to(b_h.dtype)[:, None]
-    if b_k is not None:
-        b_psi = (-b_psi).to(b_h.dtype)
-        b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
+    b_psi = (-b_psi).to(b_h.dtype)
+    b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
     for i in range(num_iter - 1):
         if certainly(i):
             b_z += weight.to(tl.float32) * b_d.to(tl.float32)
         b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
         b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
-        if b_k is not None:
-            b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
+        b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
     b_z += weight.to(tl.float32) * b_d.to(tl.float32)
     b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
     b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)

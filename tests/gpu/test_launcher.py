@@ -116,7 +116,10 @@ def test_capture_of_a_replay() -> None:
 
 def test_streams_and_threads() -> None:
     p = make_problem(**SIZES, T=100)
-    run = lambda: gka_ops.chunk_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta).output  # noqa: E731
+
+    def run() -> torch.Tensor:
+        return gka_ops.chunk_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta).output
+
     expected = run()
     torch.cuda.synchronize()
     failures: list[str] = []
