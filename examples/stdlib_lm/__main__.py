@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples.stdlib_lm import data, evaluate, report
+from examples.stdlib_lm.display import Display
 from examples.stdlib_lm.model import build, parameter_count
 from examples.stdlib_lm.presets import PRESETS, Preset
 from examples.stdlib_lm.train import DemoError, train
@@ -45,18 +44,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.steps is not None and options.steps < 2:
         parser.error(f"expected --steps of at least 2, got {options.steps}")
     return options
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]} bits/byte"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def find_failures(
@@ -93,30 +80,28 @@ def find_failures(
     return failures
 
 
-def run(preset: Preset, seed: int, device: torch.device, console: Console) -> report.Run:
-    """Everything but the printing."""
-    start = time.perf_counter()
+def run(preset: Preset, seed: int, device: torch.device, display: Display) -> report.Run:
+    """Everything but the printing of the report."""
+    display.stage("reads the standard library")
     corpus = data.load_corpus()
     inputs, targets = data.held_out_windows(corpus, preset.sequence_length, preset.eval_windows, device)
     trained, results, bits = {}, {}, {}
-    with progress_bar(console) as progress:
-        tasks = {
-            name: progress.add_task(label, total=preset.steps, loss="-.---", start=False)
-            for name, (label, _) in MODELS.items()
-        }
-        for name, (label, num_iter) in MODELS.items():
-            model = build(preset, num_iter, seed, device)
-            progress.start_task(tasks[name])
-            training = train(model, corpus, preset, seed, device, progress, tasks[name])
-            bits[name] = evaluate.bits_per_byte(model, inputs, targets, preset)
-            first = model.mixers[0]
-            iterations = iterations_for(first.ridge, first.tol) if num_iter == "auto" else num_iter
-            results[name] = report.ModelResult(
-                label, iterations, parameter_count(model), training, bits[name].mean().item()
-            )
-            trained[name] = model
+    for name, (label, num_iter) in MODELS.items():
+        display.stage(f"{label}: compiles and trains")
+        model = build(preset, num_iter, seed, device)
+        training = train(model, corpus, preset, seed, device, display.training(label, preset.steps))
+        display.stage(f"{label}: evaluates on held-out files")
+        bits[name] = evaluate.bits_per_byte(model, inputs, targets, preset)
+        first = model.mixers[0]
+        iterations = iterations_for(first.ridge, first.tol) if num_iter == "auto" else num_iter
+        results[name] = report.ModelResult(
+            label, iterations, parameter_count(model), training, bits[name].mean().item()
+        )
+        trained[name] = model
     saved = bits["linear"] - bits["gka"]
+    display.stage("compares the operators with fp64")
     errors = evaluate.operator_errors(trained["gka"], inputs[:1, : preset.error_tokens], preset)
+    display.stage("decodes, and recomputes what was decoded")
     prompt_file, prompt = data.held_out_prompt(corpus, preset.prompt_bytes)
     decoding = evaluate.decode(trained["gka"], prompt.to(device), preset.generated_bytes)
     return report.Run(
@@ -133,7 +118,7 @@ def run(preset: Preset, seed: int, device: torch.device, console: Console) -> re
         operator_errors=errors,
         prompt_file=prompt_file,
         decoding=decoding,
-        wall_seconds=time.perf_counter() - start,
+        wall_seconds=display.seconds(),
         failures=find_failures(preset, results, errors, decoding),
     )
 
@@ -148,7 +133,8 @@ def main() -> int:
         preset = dataclasses.replace(preset, backend=options.backend)
     console = Console()
     try:
-        result = run(preset, options.seed, device, console)
+        with Display(console) as display:
+            result = run(preset, options.seed, device, display)
     except DemoError as error:
         console.print(f"FAILED: {error}", style="bold red", markup=False)
         return 1

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.progress import Progress, TaskID
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -118,9 +117,16 @@ def _try_lengths(loss: Loss, model: ByteLM, batches: Batches, preset: Preset) ->
 
 
 def train(
-    model: ByteLM, corpus: Corpus, preset: Preset, seed: int, device: torch.device, progress: Progress, task: TaskID
+    model: ByteLM,
+    corpus: Corpus,
+    preset: Preset,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[int, float], None],
 ) -> Training:
     """Trains ``model`` in place with one compiled loss. The batches depend on ``seed`` and ``preset`` alone.
+
+    ``on_step`` is called after each step with its number, from 1, and its loss in nats a byte.
 
     Raises:
         DemoError: a loss or a gradient is not finite.
@@ -154,7 +160,7 @@ def train(
             )
         if step == 0:
             first_step_end = time.perf_counter()
-        progress.update(task, advance=1, loss=f"{losses[-1] / math.log(2):.3f}")
+        on_step(step + 1, losses[-1])
     seconds = time.perf_counter() - first_step_end
     later_tokens = (preset.steps - 1) * preset.batch_size * preset.sequence_length
 

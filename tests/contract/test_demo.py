@@ -57,6 +57,8 @@ def test_tiny_preset_meets_every_expectation(
         "operator_errors", "decoding", "wall_seconds", "failures",
     }  # fmt: skip
     assert (found["seed"], found["preset"]["steps"], found["failures"]) == (3, STEPS, [])
+    for label, _ in demo.MODELS.values():  # no terminal: a line instead of a bar
+        assert f"{label}: step {STEPS} of {STEPS}, " in process.stdout
 
     models = found["models"]
     assert [models[name]["num_iter"] for name in ("gka", "linear")] == [24, 0]
