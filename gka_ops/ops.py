@@ -14,10 +14,10 @@ NOTE [Operator conventions]
     x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it
     is x itself, and ``x_scale`` and ``x_query`` are empty. Why not plain fp16: with a short memory x is large outside
     the span of the keys, where it is parallel to q; rounding that would drown the small part that keys and values see.
-  * ``boundary_kk`` and ``boundary_kv`` [(slabs − 1)·B·H·D, D or V] (1 for B in a packed batch) are residuals of the
-    Triton implementation alone: the states where its backward starts anew (docs/adr/0007). A backward computes what it
-    needs and gets as an empty tensor, be it these or x. The number of slabs has no dimension to itself, because graphs
-    guard on whether a dimension is 1; whether there are two slabs or more they guard on all the same.
+  * ``boundary_kk`` and ``boundary_kv`` [slabs·B·H·D, D or V] (1 for B in a packed batch) are residuals of the Triton
+    implementation alone: the states at the start of each slab, where its backward starts anew (docs/adr/0007). A
+    backward computes what it needs and gets as an empty tensor, be it these or x. Graphs guard on whether a dimension
+    is 0 or 1: so the first slab has its states here too, and the number of slabs no dimension to itself.
 
 NOTE [Autograd kernels]
   ``torch.library.register_autograd`` would do, were it not for ``torch.func``: the autograd.Function that it makes is
@@ -156,8 +156,8 @@ def _chunk_gka_fake(
     if save_x and _runs_triton(q, impl):
         from gka_ops.triton.slabs import slab_count  # does not import Triton
 
-        boundaries = slab_count(B, T, H, None if cu_seqlens is None else N, solve=num_iter > 0) - 1
-        rows = boundaries * (B if cu_seqlens is None else 1) * H * D
+        slabs = slab_count(B, T, H, None if cu_seqlens is None else N, solve=num_iter > 0)
+        rows = slabs * (B if cu_seqlens is None else 1) * H * D
         boundary_kv = q.new_empty(rows, V, dtype=dtype)
         if num_iter > 0 or output_final_state:
             boundary_kk = q.new_empty(rows, D, dtype=dtype)

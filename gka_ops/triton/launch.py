@@ -128,8 +128,8 @@ class _Problem:
             self._chunk_tables(cu_seqlens, chunk)
             slabs = slab_count(1, self.tokens, self.H, self.N, solve=self.solve)
         self.whole = _Slab(0, max(1, self.length))
-        self.boundaries = int(slabs) - 1
-        self.slab_chunks = triton.cdiv(self.whole.chunks, int(slabs))
+        self.slab_count = int(slabs)
+        self.slab_chunks = triton.cdiv(self.whole.chunks, self.slab_count)
 
         self.geometry = {
             "cu_seqlens": self.cu_seqlens, "T": self.T, "H": self.H, "D": self.D, "BLOCK_D": self.block_d, "C": chunk,
@@ -191,9 +191,9 @@ class _Problem:
         return _Pair(self.new(*rows, self.D) if want_kk else None, None if self.v is None else self.new(*rows, self.V))
 
     def boundary_states(self, want_kk: bool) -> _Pair:
-        """Room for the states at every boundary between slabs; zero where no sequence may go across."""
-        states = self.handed_over(want_kk, self.boundaries)
-        if self.cu_seqlens is not None or self.boundaries * self.slab_chunks >= self.length:
+        """Room for the states at the start of every slab; zero where there may be no chunk."""
+        states = self.handed_over(want_kk, self.slab_count)
+        if self.cu_seqlens is not None or (self.slab_count - 1) * self.slab_chunks >= self.length:
             for state in states:
                 if state is not None:
                     state.zero_()
@@ -254,7 +254,7 @@ def chunk_states(
 ) -> None:  # fmt: skip
     """H_c (if wanted) and U_c (if there are values) of every chunk of a slab, in one pass.
 
-    ``carry``: the states at its start; ``boundaries``: room for those at the start of every slab but the first.
+    ``carry``: the states at its start; ``boundaries``: room for those at the start of every slab.
     """
     block_n, block_r = _state_widths(p, want_kk)
     kk_blocks = p.block_d // block_n if want_kk else 0
@@ -271,7 +271,7 @@ def chunk_states(
 
 
 def boundary_states(p: _Problem, want_kk: bool, saved: _Pair) -> _Pair:
-    """The states at the start of every slab but the first: as the forward saved them, or by a pass of their own."""
+    """The states at the start of every slab: as the forward saved them, or by a pass of their own."""
     kk, kv = (None if state is None or state.numel() == 0 else state for state in saved)
     kk = kk if want_kk else None
     if (kk is None and want_kk) or (kv is None and p.v is not None):
@@ -279,7 +279,7 @@ def boundary_states(p: _Problem, want_kk: bool, saved: _Pair) -> _Pair:
         chunk_states(p, p.whole, want_kk, _NO_STATES, _NO_STATES, boundaries=saved)
         return saved
     return _Pair(
-        *(None if state is None else state.view(p.boundaries, p.side_by_side, p.H, p.D, -1) for state in (kk, kv))
+        *(None if state is None else state.view(p.slab_count, p.side_by_side, p.H, p.D, -1) for state in (kk, kv))
     )
 
 
@@ -589,7 +589,7 @@ def chunk_gka(
         want_kk = p.solve or output_final_state
         kk, kv = new_states(p, p.chunks(p.whole), want_kk, output_final_state)
         boundaries = p.boundary_states(want_kk) if save_x else _NOTHING
-        chunk_states(p, p.whole, want_kk, kk, kv, boundaries=boundaries if p.boundaries else _NOTHING)
+        chunk_states(p, p.whole, want_kk, kk, kv, boundaries=boundaries)
         solved = _Solved()
         if p.solve:
             solved = new_solution(p, p.operand)
@@ -631,7 +631,7 @@ def _backward(
             boundaries = boundary_states(p, through_h, boundaries) if several else _NOTHING
             carried = [p.handed_over(through_h) if several else _NOTHING for _ in range(2)]  # gradients of states
             for i, slab in reversed(list(enumerate(slabs))):
-                chunk_states(p, slab, through_h, w.kk, w.kv, carry=boundaries.at(max(i - 1, 0)))
+                chunk_states(p, slab, through_h, w.kk, w.kv, carry=boundaries.at(i))
                 if solves_again:
                     solve(p, slab, w.kk, solved)
                 adjoint_solve(p, slab, grad, solved, w, out)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 import gka_ops
+from gka_ops.triton import slabs
 from tests.helpers.problems import Problem, make_problem, norm_error
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +29,20 @@ def gradients(function, p: Problem) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return output.detach(), list(torch.autograd.grad(output.float().square().sum(), used))
 
 
+@pytest.fixture(params=[None, 4], ids=["one slab", "one slab or several"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whether backwards of more than 4 chunks are cut into slabs (docs/adr/0007)."""
+    from gka_ops.triton import launcher
+
+    if request.param is not None:
+        monkeypatch.setattr(slabs, "PROGRAMS", 1)
+        monkeypatch.setattr(slabs, "LEAST_CHUNKS", request.param)
+    launcher.forget()
+    yield
+    launcher.forget()
+
+
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("which", ["gka", "solve"])
 def test_compiled_equals_eager_for_every_length(which: str) -> None:
     def plain(q, k, v, log_decay, alpha, beta):

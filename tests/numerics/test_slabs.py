@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_states_between_slabs_are_formed_anew_where_none_were_saved(monkeypatch:
     tensors = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *[None] * 4, p.initial_kk, p.initial_kv, None)
     scalars = (0.02, 0.0, 3, 0.5, True)
     output, _, _, *saved = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "triton")
-    assert [tuple(boundary.shape) for boundary in saved[-2:]] == [(3 * 16, 16), (3 * 16, 24)]
+    assert [tuple(boundary.shape) for boundary in saved[-2:]] == [(4 * 16, 16), (4 * 16, 24)]
     upstream = (cotangents({"output": output})["output"], None, None)
     none = torch.empty(0)
 
@@ -127,6 +128,29 @@ def test_states_between_slabs_are_formed_anew_where_none_were_saved(monkeypatch:
     expected = backward(*saved)
     for residuals in ((*saved[:-2], none, none), (none,) * 6):
         assert all(map(torch.equal, backward(*residuals), expected))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("num_iter", "sizes"),
+    [(2, ({"B": 2, "T": 60}, {"B": 3, "T": 70})), (0, ({"B": 3, "T": 70}, {"B": 2, "T": 60})),
+     (1, ({"seq_lengths": (20, 30, 9)}, {"seq_lengths": (64, 70, 0, 20)}))],
+    ids=["one slab first", "two slabs first", "packed"],
+)  # fmt: skip
+def test_one_graph_for_one_slab_and_for_several(
+    num_iter: int, sizes: tuple[dict[str, Any], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch, 4 if "seq_lengths" in sizes[0] else 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(run_gka, backend="aot_eager", fullgraph=True, dynamic=True)
+    for i, size in enumerate(sizes):
+        problem = make_problem(**{**SMALL, "state": False, **size}, dtype=torch.float32)
+        expected = gradients(problem, num_iter)
+        upstream = cotangents(expected.outputs)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            actual = evaluate(partial(compiled, num_iter=num_iter, impl="triton"), problem, upstream)
+        assert all(torch.equal(actual.outputs[name], output) for name, output in expected.outputs.items())
+        assert all(torch.equal(actual.gradients[name], d) for name, d in expected.gradients.items())
 
 
 @interpreted

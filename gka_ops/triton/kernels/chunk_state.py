@@ -137,6 +137,10 @@ def walk_sequence(
         b_k, b_r, g_0, g_1, beta_0, beta_1 = load_chunk(
             k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
         )
+        if boundary is not None:
+            if (number + i_c) % boundary_chunks == 0:
+                i_boundary = ((number + i_c) // boundary_chunks).to(tl.int64) * boundary_stride
+                tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
         if states is not None:
             i_state = (place + i_c).to(tl.int64) * H + i_h
             tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
@@ -151,11 +155,6 @@ def walk_sequence(
             SAME_ROWS, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
         )  # fmt: skip
         b_state = tl.dot(tl.trans(b_left), b_right, b_state * factor, input_precision=PRECISION)
-        if boundary is not None:
-            next_number = number + i_c + 1
-            if (next_number % boundary_chunks == 0) & (i_c + 1 < n_chunks):
-                i_boundary = (next_number // boundary_chunks - 1).to(tl.int64) * boundary_stride
-                tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
     if final is not None:
         tl.store(final + p_nh + p_state, b_state * unit, mask=m_state & ends)
 
@@ -178,8 +177,8 @@ def chunk_state_kernel(
     final_kv,  # out [N, H, D, V] fp32 or None
     carry_kk,  # [N or 1, H, D, D] fp32: state at the slab's start of sequences that began before, or None: none did
     carry_kv,  # [N or 1, H, D, V] fp32 or None
-    boundary_kk,  # out [boundaries, N or 1, H, D, D] fp32: states before every boundary_chunks-th chunk, or None
-    boundary_kv,  # out [boundaries, N or 1, H, D, V] fp32 or None
+    boundary_kk,  # out [slabs, N or 1, H, D, D] fp32: states at the start of every boundary_chunks-th chunk, or None
+    boundary_kv,  # out [slabs, N or 1, H, D, V] fp32 or None
     boundary_chunks,
     cu_seqlens,  # [N + 1] or None
     chunk_offsets,  # [N] first chunk of each sequence, or None
