@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from gka_ops.triton.primitives import (
+    certainly,
     chunk_and_head,
     chunk_bounds,
     formed_anew,
@@ -82,12 +83,13 @@ def chebyshev(b_b, s_h, s_k, phi, b_psi, delta, num_iter):
         b_s = warpgroup_mma_wait(1, [b_s])  # the other one goes on
         b_p = gl.convert_layout(b_s.to(gl.float16) * s_psi.load(M_S), A_R)
         b_y = warpgroup_mma(b_p, s_k, b_y, is_async=True)
-        if i < 2**30:  # always; without the question ptxas moves this behind the wait
-            b_z += b_d.to(gl.float32)
         nu_next = 1 / (2 * theta - h2 * nu)
-        b_d = b_d * (h2 * nu * nu_next).to(gl.float16)
+        if certainly(i):
+            gl.inline_asm_elementwise("", "=r,0", [i], gl.int32, is_pure=False, pack=1)
+            b_z += b_d.to(gl.float32)
+            b_d = b_d * (h2 * nu * nu_next).to(gl.float16)
         b_y = warpgroup_mma_wait(0, [b_y])
-        b_d = (b_y - delta * b_z).to(gl.float16) * (2 * nu_next).to(gl.float16) + b_d
+        b_d = gl.fma((b_y - delta * b_z).to(gl.float16), (2 * nu_next).to(gl.float16), b_d)
         nu = nu_next
     return b_z + b_d.to(gl.float32)
 
