@@ -9,7 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from gka_ops.triton.kernels.chunk_solve_hopper import chebyshev, places, to_shared
 from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
@@ -25,13 +24,7 @@ from gka_ops.triton.primitives import (
     scale_rows,
     store_tile,
 )
-
-
-@gluon.jit
-def kept(b):
-    """The vector b [C] in shared memory, which any layout can be read from."""
-    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(b.dtype, b.shape, LAYOUT, b)
+from gka_ops.triton.primitives_hopper import chebyshev, kept, places, to_shared
 
 
 @gluon.jit(do_not_specialize=["slab_first", "slab_chunks", "T", "num_iter"])
@@ -106,7 +99,7 @@ def chunk_backward_solve_hopper_kernel(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, M_S)
     S_COLUMNS: gl.constexpr = gl.SliceLayout(0, M_S)
     SHARED_H: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_D, BLOCK_D], OPERAND)
-    SHARED_DX: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # 8 rows of 32 bytes are read at once
+    SHARED_DX: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # read at once: 32 bytes of 4 rows
 
     o_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, TILE))
     o_d32 = gl.arange(0, BLOCK_D, gl.SliceLayout(0, TILE_32))
