@@ -35,7 +35,7 @@ class ChunkConfig:
         increment_columns: columns of what a chunk adds to the key-key gradient that one program forms.
         scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
-        solve_async: whether a Hopper card runs the Gluon kernel of the forward solve; it needs C = 64 and four warps.
+        solve_async: whether a Hopper card runs the solves' Gluon kernels; they need C = 64 and four warps.
     """
 
     chunk: int

@@ -20,6 +20,7 @@ from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
+from gka_ops.triton.kernels.chunk_backward_solve_hopper import chunk_backward_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kernel, chunk_backward_state_kernel
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
 from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
@@ -481,7 +482,8 @@ def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _W
             **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
         )  # fmt: skip
     if p.solve:
-        launch(chunk_backward_solve_kernel, p.chunk_grid(slab),
+        hopper = p.v is not None and _on_hopper(p)
+        launch(chunk_backward_solve_hopper_kernel if hopper else chunk_backward_solve_kernel, p.chunk_grid(slab),
             dx=grad if p.v is None else w.rows, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate,
             alpha=p.alpha, beta=p.beta, **x, fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
             y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,

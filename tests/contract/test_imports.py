@@ -54,7 +54,12 @@ RULES = (
         ours=("gka_ops.api", "gka_ops.ops", "gka_ops.types", "gka_ops.validation", "gka_ops.distributed.*", NUMERICS),
         third_party=TORCH,
     ),
-    Rule("gka_ops.triton.kernels*", ours=("gka_ops.triton.primitives", NUMERICS), third_party=("triton",)),
+    Rule(
+        "gka_ops.triton.kernels*",
+        ours=("gka_ops.triton.primitives", "gka_ops.triton.primitives_hopper", NUMERICS),
+        third_party=("triton",),
+    ),
+    Rule("gka_ops.triton.primitives_hopper", ours=("gka_ops.triton.primitives", NUMERICS), third_party=("triton",)),
     Rule("gka_ops.triton.primitives", ours=(NUMERICS,), third_party=("triton",)),
     Rule("gka_ops.triton.checks", ours=("gka_ops.validation", "gka_ops.types", NUMERICS), third_party=TORCH),
     Rule(

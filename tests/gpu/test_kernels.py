@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -75,6 +76,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options(name: str, dtype: torch.dtype) -> None:
     options = {"T": 200, "H": 4, "Hkv": 2, "D": 64, "V": 64, "dtype": dtype, **OPTIONS[name]}
     check(problem_on_card(**options), bars=contract.bars_for(dtype, options.get("keys", "random")))
+
+
+@pytest.mark.parametrize("D", [80, 128])
+@pytest.mark.parametrize("name", ["no_gates", "no_l2norm", "decay_gate", "token_ridge", "packed"])
+def test_asynchronous_solves_are_the_plain_ones(name: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Gluon says on Hopper (docs/adr/0009) is what Triton says: nearer each other than either need be to exact."""
+    from gka_ops.triton import launch
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there is no other solve on this card")
+    problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": D, "V": 128, **OPTIONS[name]})
+
+    def run(p: Problem) -> dict[str, torch.Tensor]:
+        return run_gka(p, num_iter=30, impl="triton")
+
+    with torch.no_grad():
+        upstream = cotangents(run(problem))
+    result = evaluate(run, problem, upstream)
+    chosen = launch.chunk_config
+    monkeypatch.setattr(launch, "chunk_config", lambda *key: dataclasses.replace(chosen(*key), solve_async=False))
+    plain = evaluate(run, problem, upstream)
+    for actual, expected in ((result.outputs, plain.outputs), (result.gradients, plain.gradients)):
+        for output, value in expected.items():
+            assert norm_error(actual[output], value) <= contract.SIXTEEN_BIT.gradient / 2, output
 
 
 @pytest.mark.parametrize("mean_decay", [0.5, 1.0])

@@ -28,20 +28,7 @@ from gka_ops.triton.primitives import (
     split_along_query,
     store_tile,
 )
-
-
-@gluon.jit
-def places(start, end, i_h, H: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
-    """token_rows_of_chunk in a layout."""
-    o_c = gl.arange(0, C, LAYOUT)
-    return start + o_c < end, (start + o_c).to(gl.int64) * H + i_h, gl.minimum(o_c, end - start - 1)
-
-
-@gluon.jit
-def to_shared(b):
-    """The operand b [R, D] in shared memory; fence_async_shared and a barrier before a product reads it."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b.shape, b.dtype)
-    return gl.allocate_shared_memory(b.dtype, b.shape, LAYOUT, b)
+from gka_ops.triton.primitives_hopper import chebyshev, places, to_shared
 
 
 @gluon.jit
@@ -53,43 +40,6 @@ def products_of_keys(s_k, s_h, M_S: gl.constexpr, M_R: gl.constexpr):
     b_gram = warpgroup_mma(s_k, s_k.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     b_kh = warpgroup_mma(s_k, s_h, b_zero_r, use_acc=False, is_async=True)
     return warpgroup_mma_wait(0, [b_gram, b_kh])
-
-
-@gluon.jit
-def chebyshev(b_b, s_h, s_k, phi, b_psi, delta, num_iter):
-    """primitives.chebyshev with Ĥ and K̂ in shared memory, φ [C, 1] and Ψ [C, C] in the layouts of the products.
-
-    ``b_y`` is r + δ z, what the products alone have made of b: no vector arithmetic touches an accumulator in flight.
-    The next increment may be formed in fp16, because whatever it is, y follows it.
-    """
-    M_R: gl.constexpr = b_b.type.layout
-    M_S: gl.constexpr = b_psi.type.layout
-    A_R: gl.constexpr = gl.DotOperandLayout(0, M_R, 2)
-    A_S: gl.constexpr = gl.DotOperandLayout(0, M_S, 2)
-    theta = 0.5 * (1 + delta)
-    h2 = 0.25 * (1 - delta) * (1 - delta)
-    nu = 1 / theta
-    b_d = (nu * b_b).to(gl.float16)
-    b_z = gl.zeros(b_b.shape, gl.float32, M_R)
-    b_y = b_b
-    b_zero = gl.zeros(b_psi.shape, gl.float32, M_S)
-    b_phi = (-phi).to(gl.float16)
-    s_psi = to_shared((-b_psi).to(gl.float16))
-    tl.debug_barrier()
-    for i in range(num_iter):
-        b_s = warpgroup_mma(gl.convert_layout(b_d, A_S), s_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        b_y = warpgroup_mma(gl.convert_layout(b_d * b_phi, A_R), s_h, b_y, is_async=True)
-        b_s = warpgroup_mma_wait(1, [b_s])  # the other one goes on
-        b_p = gl.convert_layout(b_s.to(gl.float16) * s_psi.load(M_S), A_R)
-        b_y = warpgroup_mma(b_p, s_k, b_y, is_async=True)
-        if i < 2**30:  # always; without the question ptxas moves this behind the wait
-            b_z += b_d.to(gl.float32)
-        nu_next = 1 / (2 * theta - h2 * nu)
-        b_d = b_d * (h2 * nu * nu_next).to(gl.float16)
-        b_y = warpgroup_mma_wait(0, [b_y])
-        b_d = (b_y - delta * b_z).to(gl.float16) * (2 * nu_next).to(gl.float16) + b_d
-        nu = nu_next
-    return b_z + b_d.to(gl.float32)
 
 
 @gluon.jit(do_not_specialize=["slab_first", "slab_chunks", "T", "num_iter"])
