@@ -6,16 +6,15 @@ h // (H / Hkv)), D key dimension, V value dimension, N sequences. Equation numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gka_ops import ops  # noqa: F401  (registers torch.ops.gka)
+from gka_ops import ops  # registers torch.ops.gka
 from gka_ops import validation as check
 from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL
-from gka_ops.recall import Recall
+from gka_ops.recall import Recall, Replay
 from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl, Ridge
 
 
@@ -23,24 +22,52 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# NOTE [Arguments that were checked]
+# NOTE [Known calls]
 # What the checks say follows from the arguments' types, from the tensors' metadata and from the values of the others.
-# So a call like one that passed is not checked again. A graph that is being traced is checked every time.
-_checked_chunk_gka, _checked_recurrent_gka = Recall(), Recall()
+# So a call like one that passed is not checked again, and where nothing speaks against it, it is repeated beside the
+# dispatcher (``ops``, NOTE [Beside the dispatcher]). A graph that is being traced is checked every time.
+_ATTEMPTS = 8  # to find a replay; a call is recorded when it comes for the first or second time
 
 
-def _signature(
-    state: GKAState | None, ridge: float | Ridge, gate: DecayGate | None, *others: Any
-) -> tuple[Any, ...] | None:
-    """The arguments as :class:`Recall` wants them, ``None`` while tracing."""
-    if torch.compiler.is_compiling():
-        return None
-    return (
-        *others, torch.is_grad_enabled(), type(state), type(ridge), type(gate),
-        *(state if type(state) is GKAState else (state, None)),
-        *(ridge if type(ridge) is Ridge else (ridge, None, None)),
-        *(gate if type(gate) is DecayGate else (gate, None)),
+class _Call:
+    """What the checks said of a call, and what repeats calls like it, once that is known."""
+
+    __slots__ = ("attempts", "checked", "replay")
+
+    def __init__(self, checked: Any) -> None:
+        self.checked, self.attempts = checked, _ATTEMPTS
+        self.replay: Replay | None = None
+
+    def learn(self, op: str, args: tuple[Any, ...], outputs: int, signature: tuple[Any, ...]) -> None:
+        """After ``op(*args)``, a call with this signature and so many outputs that have elements: how to repeat it."""
+        if self.replay is None and self.attempts > 0 and not ops.watched():
+            self.attempts -= 1
+            given, recalled = ([id(a) for a in some if isinstance(a, Tensor)] for some in (args, signature))
+            if given == recalled:
+                self.replay = ops.replay_of(op, args, outputs)
+
+
+_chunk_gka_calls, _recurrent_gka_calls = Recall(), Recall()
+
+
+def _recall(
+    calls: Recall, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None,
+    beta: Tensor | None, ridge: float | Ridge, gate: DecayGate | None, state: GKAState | None,
+    sequences: Tensor | None, *others: Any,
+) -> tuple[tuple[Any, ...], _Call | None, list[Tensor] | None]:  # fmt: skip
+    """A call's signature, what is known of like calls, and its outputs where that was enough to make it."""
+    scale, offset, least = ridge if type(ridge) is Ridge else (ridge, None, None)
+    A_log, dt_bias = gate if type(gate) is DecayGate else (gate, None)
+    kk, kv = state if type(state) is GKAState else (state, None)
+    signature = (  # tensors in the operators' order
+        q, k, v, log_decay, alpha, beta, scale, offset, A_log, dt_bias, kk, kv, sequences,
+        least, type(ridge), type(gate), type(state), torch.is_grad_enabled(), *others,
     )  # fmt: skip
+    found = calls.find(signature)
+    if found is None:
+        return signature, None, None
+    call, tensors = found
+    return signature, call, None if call.replay is None or ops.watched() else call.replay(tensors)
 
 
 def _ridge_tensors(ridge: float | Ridge) -> tuple[Tensor | None, Tensor | None]:
@@ -48,18 +75,6 @@ def _ridge_tensors(ridge: float | Ridge) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     scale, offset, _ = ridge
     return scale if isinstance(scale, Tensor) else None, offset if isinstance(offset, Tensor) else None
-
-
-def _recalled(recall: Recall, signature: tuple[Any, ...] | None, checked: Callable[[], Any]) -> Any:
-    """What ``checked`` returned for a call like this one, or else returns now."""
-    if signature is None:
-        return checked()
-    found = recall.find(signature)
-    if found is not None:
-        return found[0]
-    value = checked()
-    recall.keep(signature, value)
-    return value
 
 
 def _check_tokens(
@@ -181,23 +196,30 @@ def chunk_gka(
     gradient. Second derivatives are those of the exact solve, in fp64 and token by token: for small problems, and in
     eager mode only. Forward-mode differentiation raises ``NotImplementedError``.
     """
-    signature = _signature(
-        initial_state, ridge, gate, q, k, v, log_decay, alpha, beta, num_iter, tol, scale, qk_l2norm,
-        output_final_state, cu_seqlens, impl,
+    signature, call, outputs = (None, None, None) if torch.compiler.is_compiling() else _recall(
+        _chunk_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, initial_state, cu_seqlens,
+        num_iter, tol, scale, qk_l2norm, output_final_state, impl,
     )  # fmt: skip
-    r, b, count, factor, saves = _recalled(
-        _checked_chunk_gka, signature, lambda: _check_chunk_gka(
+    if outputs is not None:
+        return GKAOutput(outputs[0], GKAState(*outputs[1:]) if output_final_state else None)
+    if call is None:
+        call = _Call(_check_chunk_gka(
             q, k, v, log_decay, alpha, beta, ridge, num_iter, tol, scale, qk_l2norm, gate, initial_state,
             output_final_state, cu_seqlens, impl,
-        )
-    )  # fmt: skip
+        ))  # fmt: skip
+        if signature is not None:
+            _chunk_gka_calls.keep(signature, call)
+    r, b, count, factor, saves = call.checked
     r_tensor, b_tensor = _ridge_tensors(ridge)
     A_log, dt_bias = (None, None) if gate is None else gate
     kk, kv = (None, None) if initial_state is None else initial_state
-    output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(
+    args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, cu_seqlens,
         r, b, count, factor, qk_l2norm, output_final_state, saves, impl,
     )  # fmt: skip
+    output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(*args)
+    if signature is not None:
+        call.learn("chunk_gka", args, 3 if output_final_state else 1, signature)
     return GKAOutput(output, GKAState(final_kk, final_kv) if output_final_state else None)
 
 
@@ -284,17 +306,26 @@ def recurrent_gka(
         TypeError: a dtype or an argument type is not as documented.
         RuntimeError: an input requires a gradient while gradients are enabled.
     """
-    signature = _signature(
-        state, ridge, gate, q, k, v, log_decay, alpha, beta, state_indices, num_iter, tol, scale, qk_l2norm, impl
-    )
-    r, b, count, factor = _recalled(
-        _checked_recurrent_gka, signature, lambda: _check_recurrent_gka(
-            q, k, v, log_decay, alpha, beta, state, state_indices, ridge, num_iter, tol, scale, qk_l2norm, gate, impl
-        )
+    signature, call, outputs = (None, None, None) if torch.compiler.is_compiling() else _recall(
+        _recurrent_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, state, state_indices,
+        num_iter, tol, scale, qk_l2norm, impl,
     )  # fmt: skip
+    if outputs is not None:
+        return outputs[0]
+    if call is None:
+        call = _Call(_check_recurrent_gka(
+            q, k, v, log_decay, alpha, beta, state, state_indices, ridge, num_iter, tol, scale, qk_l2norm, gate, impl
+        ))  # fmt: skip
+        if signature is not None:
+            _recurrent_gka_calls.keep(signature, call)
+    r, b, count, factor = call.checked
     r_tensor, b_tensor = _ridge_tensors(ridge)
     A_log, dt_bias = (None, None) if gate is None else gate
-    return torch.ops.gka.recurrent_gka(
+    args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, *state, state_indices,
         r, b, count, factor, qk_l2norm, impl,
     )  # fmt: skip
+    output = torch.ops.gka.recurrent_gka(*args)
+    if signature is not None:
+        call.learn("recurrent_gka", args, 1, signature)
+    return output

@@ -25,6 +25,21 @@ NOTE [Autograd kernels]
   kernels, so a single-level Function, which is what ``torch.func`` itself makes of a user's Function, is all that is
   needed (docs/adr/0004). Forward mode raises. The second derivative is that of the specification
   (``gka_ops.reference.double_backward``).
+
+NOTE [Beside the dispatcher] (docs/adr/0008)
+  To ask the dispatcher costs more than all else that the host does for a replayed call. So the public functions repeat
+  a known call without the operator, where that makes no difference:
+
+  * It is like one that the launcher has a plan for (``Recall``): the same types, metadata, scalars, grad mode and
+    *effective* dispatch keys, those of the tensors with what the thread includes and excludes. :func:`replay_of` looks
+    once whether these keys lead to this module's kernels and nothing else, and whether a gradient is needed. That
+    leaves out functorch's transforms, functionalization, JIT tracing, conjugate views; fake tensors and subclasses are
+    of other types, and a graph that Dynamo traces does not get here.
+  * It is not :func:`watched`, by what the keys do not show. That is asked at each call.
+  * What the operator's other kernels do is done: the versions of mutated states count.
+
+  Two things are noticed only after ``launcher.forget()``: a kernel that someone registers for these operators, and an
+  observer that is installed in C++ alone (Kineto on demand).
 """
 
 from __future__ import annotations
@@ -37,12 +52,13 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 
 from gka_ops import validation
 from gka_ops.numerics import backward_iterations
+from gka_ops.recall import Replay
 
 _library = torch.library.Library("gka", "DEF")
 
@@ -272,6 +288,7 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 
 # --------------------------------------------------------------------------------------------------------- autograd
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+_IMPLEMENTED = (_DispatchKey.CPU, _DispatchKey.CUDA)
 
 
 @cache
@@ -279,7 +296,7 @@ def _only_implementation_below(keyset: int) -> bool:
     """Whether, in a call with this set of keys, nothing but the implementation comes below autograd and the states'
     versions: no mode, no fake tensor, no transform."""
     below = _DispatchKeySet.from_raw_repr(keyset) & torch._C._after_ADInplaceOrView_keyset
-    return below.highestPriorityTypeId() in (_DispatchKey.CPU, _DispatchKey.CUDA)
+    return below.highestPriorityTypeId() in _IMPLEMENTED
 
 
 def _present(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -440,3 +457,57 @@ def _recurrent_gka_version(keyset, *args):
 
 _library.impl("recurrent_gka", _recurrent_gka_autograd, "Autograd", with_keyset=True)
 _library.impl("recurrent_gka", _recurrent_gka_version, "ADInplaceOrView", with_keyset=True)
+
+
+# -------------------------------------------------------------------------------------------- beside the dispatcher
+_OURS = (_DispatchKey.AutogradCPU, _DispatchKey.AutogradCUDA, _DispatchKey.ADInplaceOrView)
+_SILENT = (_DispatchKey.BackendSelect, _DispatchKey.AutocastCPU, _DispatchKey.AutocastCUDA)  # unless someone registers
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
+def watched() -> bool:
+    """Whether something that dispatch keys do not show wants to see, change or refuse calls of operators."""
+    return (
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+        or validation.debug_enabled()
+    )
+
+
+def _keys(tensors: tuple[Tensor, ...]) -> torch._C.DispatchKeySet:
+    """Those by which the dispatcher would choose kernels for a call with these tensors here and now."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for tensor in tensors:
+        keys = keys | torch._C._dispatch_keys(tensor)
+    return keys - torch._C._dispatch_tls_local_exclude_set()
+
+
+def _only_ours(op: str, keys: torch._C.DispatchKeySet) -> bool:
+    """Whether the dispatcher would run nothing but this module's kernels."""
+    while (key := keys.highestPriorityTypeId()) not in _IMPLEMENTED:
+        silent = key in _SILENT and not torch._C._dispatch_has_kernel_for_dispatch_key(f"gka::{op}", key.name)
+        if not silent and key not in _OURS:
+            return False
+        keys = keys.remove(key)
+    return True
+
+
+def replay_of(op: str, args: tuple[Any, ...], outputs: int) -> Replay | None:
+    """What repeats calls like ``op(*args)``, which has so many outputs with elements, if that is known and allowed.
+
+    It is for calls that :class:`gka_ops.recall.Recall` finds alike, and only while they are not :func:`watched`.
+    """
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    keys, q, impl = _keys(tensors), args[0], args[-1]
+    implementation = getattr(_module(impl, q.is_cuda, q.dtype, q.size(-1)), op)
+    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    if needs_grad or not _only_ours(op, keys) or not hasattr(implementation, "replay_of"):
+        return None
+    mutated = slice(0)
+    if op == "recurrent_gka" and keys.has(_DispatchKey.ADInplaceOrView):
+        kk = sum(isinstance(a, Tensor) for a in args[:10])
+        mutated = slice(kk, kk + 2)
+    replay: Replay | None = implementation.replay_of(args[:-1], outputs, mutated)
+    return replay

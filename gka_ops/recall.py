@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+
+Replay: TypeAlias = Callable[[tuple[Tensor, ...]], list[Tensor] | None]
+"""Repeats a call, given the tensors of a like one, without asking what it does. Returns the outputs that have elements,
+or ``None``, with nothing done, where these tensors' addresses or a change of configuration forbid it."""
 
 _MAX_ENTRIES = 8  # they are tried one after the other
 _TensorGuards: Any = TensorGuards  # its stub knows less than it takes
@@ -43,8 +48,11 @@ class Recall:
     fake tensor not a tensor. Entries are replaced as a whole: threads need no lock.
     """
 
+    _every: ClassVar[WeakSet[Recall]] = WeakSet()
+
     def __init__(self) -> None:
         self._entries: tuple[_Entry, ...] = ()
+        self._every.add(self)
 
     def find(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Tensor, ...]] | None:
         """What was kept for a like call, and the tensors among the arguments."""
@@ -70,5 +78,7 @@ class Recall:
         entry = _Entry(types, others_of, others_of(args), tensors_of, guards.check, value)
         self._entries = (entry, *self._entries[: _MAX_ENTRIES - 1])
 
-    def forget(self) -> None:
-        self._entries = ()
+    @classmethod
+    def forget_all(cls) -> None:
+        for recall in list(cls._every):
+            recall._entries = ()

@@ -23,9 +23,10 @@ import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeAlias
@@ -33,11 +34,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import triton
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import AsyncCompileMode, FutureKernel, knobs
 from triton.runtime import JITFunction, driver
 
-from gka_ops.recall import Recall
+from gka_ops.recall import Recall, Replay
 
 Grid: TypeAlias = tuple[int, ...]
 
@@ -59,20 +61,20 @@ _ALLOCATIONS = frozenset(
 
 # ------------------------------------------------------------------------------------------------------------ replay
 class _Launch(NamedTuple):
-    """A compiled kernel with its grid, and which of the plan's values are its arguments.
+    """A compiled kernel, and which of the plan's values ``start`` is given.
 
-    ``start`` is what starts it, with ``given``: what comes before the arguments, the grid and the stream apart.
+    Those are the grid, the stream, what Triton wants besides, and from ``first_argument`` on the kernel's arguments.
     """
 
     kernel: Any
     grid: tuple[int, int, int]
-    arguments: Callable[[list[Any]], tuple[Any, ...]]
     start: Callable[..., Any]
-    given: tuple[Any, ...]
+    given: Callable[[list[Any]], tuple[Any, ...]]
+    first_argument: int
 
 
 def _starter(kernel: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """``_Launch``'s ``start`` and ``given`` of a kernel.
+    """What starts a compiled kernel, and what it is given between the stream and the kernel's arguments.
 
     Triton's launcher object allocates scratch memory where a kernel wants some and then calls a function in C. Where
     there is none to allocate, that function is called, in the Triton whose order of arguments is known.
@@ -88,50 +90,55 @@ def _starter(kernel: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return run, (kernel.function, metadata, None, None, None)
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Plan:
     """What a call allocates, launches and returns.
 
-    Its values are constants, then addresses: of the tensor arguments, of the outputs, of the workspace, and of what
-    lies at an offset (in bytes) from one of these values, the temporaries first.
+    Its values are constants, the stream, and addresses: of the tensor arguments, of the outputs that have elements, of
+    the workspace, and of what lies at an offset (in bytes) from one of these.
     """
 
     device: torch.device
     ordinal: int
     constants: list[Any]
-    outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # sizes, strides
+    extents: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # sizes, strides of outputs with elements
     empty_outputs: list[Tensor]  # to be copied: no operation of PyTorch makes a tensor without elements as fast
     result: Callable[[list[Tensor]], Any]  # of the outputs, those with elements first
     workspace: int
     parts: list[tuple[int, int]]
     launches: list[_Launch]
+    current_stream: Callable[[int], int]  # of a device, by its ordinal
 
-    def run(self, pointers: list[int]) -> Any:
+    def launch(self, pointers: list[int]) -> list[Tensor]:
+        """Does what the call does to tensor arguments at these addresses. Returns the outputs that have elements."""
         if _current_device() != self.ordinal:
             with torch.cuda.device(self.device):
-                return self.run(pointers)
-        device = self.device
-        outputs = [  # the cheapest of PyTorch's allocations
-            torch.empty_strided(sizes, strides, dtype=dtype, device=device) for sizes, strides, dtype in self.outputs
-        ]
-        values = self.constants + pointers + [output.data_ptr() for output in outputs]
+                return self.launch(pointers)
+        outputs = [_empty_strided(*extent) for extent in self.extents]
+        stream = self.current_stream(self.ordinal)
+        values = [*self.constants, stream, *pointers, *map(_data_ptr, outputs)]
         if self.workspace:
-            workspace = torch.empty_strided((self.workspace,), (1,), dtype=torch.uint8, device=device)
+            workspace = _empty_strided((self.workspace,), (1,), torch.uint8)
             values.append(workspace.data_ptr())
         else:
             values.append(0)
-        for place, offset in self.parts:
-            values.append(values[place] + offset)
-        stream = driver.active.get_current_stream(self.ordinal)
+        values += [values[place] + offset for place, offset in self.parts]
         if _hooked():
-            for kernel, grid, arguments, _, _ in self.launches:
-                kernel[grid](*arguments(values), stream=stream)
+            for kernel, grid, _, given, first in self.launches:
+                kernel[grid](*given(values)[first:], stream=stream)
         else:
-            for _, (x, y, z), arguments, start, given in self.launches:
-                start(x, y, z, stream, *given, *arguments(values))
-        outputs += [empty.data for empty in self.empty_outputs]
-        return self.result(outputs)
+            for _, _, start, given, _ in self.launches:
+                start(*given(values))
+        return outputs
+
+    def run(self, pointers: list[int]) -> Any:
+        """As :meth:`launch`. Returns what the call returns."""
+        outputs = self.launch(pointers)
+        return self.result(outputs + [empty.data for empty in self.empty_outputs])
 
 
+_data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
+_empty_strided: Callable[..., Tensor] = _empty_strided_cuda  # on the current device; Inductor's, without the dispatcher
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
@@ -242,17 +249,19 @@ class _Recorder(TorchDispatchMode):
         ):
             return None
 
+        starters = [_starter(step.kernel) for step in self.steps]
         constants: list[Any] = [0]  # the address of a tensor without elements
-        constants += [value for step in self.steps for value in step.arguments if not isinstance(value, Tensor)]
+        for step, (_, between) in zip(self.steps, starters, strict=True):
+            constants += [*step.grid, *between, *(v for v in step.arguments if not isinstance(v, Tensor))]
         next_constant = iter(range(1, len(constants)))
-        place_of_argument = {id(tensor): len(constants) + i for i, tensor in enumerate(arguments)}
-        before = len(constants) + len(arguments)
-        place_of_buffer = {address: before + i for i, address in enumerate(outputs)}
-        workspace = before + len(outputs)
-        parts: list[tuple[int, int]] = []
+        stream = len(constants)
+        place_of_argument = {id(tensor): stream + 1 + i for i, tensor in enumerate(arguments)}
+        first_output = stream + 1 + len(arguments)
+        workspace = first_output + len(outputs)
+        place_of_buffer = {address: (first_output + i, 0) for i, address in enumerate(outputs)}
         for address, offset in zip(sizes, accumulate(sizes.values(), initial=0), strict=False):  # the last is the end
-            parts.append((workspace, offset))
-            place_of_buffer[address] = workspace + len(parts)
+            place_of_buffer[address] = (workspace, offset)
+        parts: dict[tuple[int, int], int] = {}
 
         def place_of(value: object) -> int | None:
             if not isinstance(value, Tensor):
@@ -264,24 +273,26 @@ class _Recorder(TorchDispatchMode):
             address = _address(value)
             if address not in buffers:
                 return None
-            if value.data_ptr() == address:
-                return place_of_buffer[address]
-            parts.append((place_of_buffer[address], value.data_ptr() - address))
-            return workspace + len(parts)
+            place, offset = place_of_buffer[address]
+            offset += value.data_ptr() - address
+            return parts.setdefault((place, offset), workspace + 1 + len(parts)) if offset else place
 
         launches = []
-        for step in self.steps:
+        for step, (start, between) in zip(self.steps, starters, strict=True):
+            grid = [next(next_constant) for _ in step.grid]
+            leading = [*grid, stream, *(next(next_constant) for _ in between)]
             places = [place_of(value) for value in step.arguments]
             if None in places:
                 return None
-            launches.append(_Launch(step.kernel, step.grid, itemgetter(*places), *_starter(step.kernel)))
+            launches.append(_Launch(step.kernel, step.grid, start, itemgetter(*leading, *places), len(leading)))
         order = {id(output): i for i, output in enumerate((*outputs.values(), *empty))}
         with torch.inference_mode(False):  # as autograd may want to save them
             copied = [output.new_empty(output.shape) for output in empty]
         allocated = [(tuple(output.shape), output.stride(), output.dtype) for output in outputs.values()]
         return _Plan(
             arguments[0].device, arguments[0].get_device(), constants, allocated, copied,
-            itemgetter(*(order[id(output)] for output in returned)), sum(sizes.values()), parts, launches,
+            itemgetter(*(order[id(output)] for output in returned)), sum(sizes.values()), list(parts), launches,
+            driver.active.get_current_stream,
         )  # fmt: skip
 
 
@@ -333,7 +344,6 @@ def launch(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
 _UNKNOWN: Any = object()
 _SEEN: Any = object()
 _plans: OrderedDict[Hashable, _Plan | None] = OrderedDict()
-_recalls: list[Recall] = []  # of every operator, its last plans
 _lock = threading.Lock()
 
 
@@ -356,23 +366,41 @@ def forget() -> None:
     """Forgets every recorded call, as is needed where something else that kernels depend on has changed."""
     with _lock:
         _plans.clear()
-    for recall in _recalls:
-        recall.forget()
+    Recall.forget_all()
 
 
 def _replayable(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def _aligned(pointers: Iterable[int]) -> bool:
+    return functools.reduce(or_, pointers) % _POINTER_ALIGNMENT == 0
+
+
+def _key(operator: Any, configuration: Hashable, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], bool]:
+    """What a call's plan depends on, the addresses of its tensors, and whether they allow for a plan."""
+    key: list[Any] = [operator, configuration]
+    pointers = []
+    contiguous = True
+    for a in args:
+        if a is not None and isinstance(a, Tensor):
+            key += (a.shape, a.dtype, a.get_device())
+            pointers.append(a.data_ptr())
+            contiguous = contiguous and a.is_contiguous()
+        else:
+            key.append(a)
+    regular = contiguous and _aligned(pointers)
+    return (*key, regular), pointers, regular
+
+
 def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates an operator whose arguments, all positional, are a tensor and then tensors and scalars.
 
-    ``configuration()`` is what its launches depend on besides them.
+    ``configuration()`` is what its launches depend on besides them. The result has an attribute ``replay_of``.
     """
 
     def decorate(operator: Callable[..., Any]) -> Callable[..., Any]:
         recall = Recall()
-        _recalls.append(recall)
 
         @functools.wraps(operator)
         def run(*args: Any) -> Any:
@@ -383,23 +411,9 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
             if found is not None:
                 plan, tensors = found
                 pointers = [tensor.data_ptr() for tensor in tensors]
-                if functools.reduce(or_, pointers) % _POINTER_ALIGNMENT == 0:
+                if _aligned(pointers):
                     return plan.run(pointers)
-            key: list[Any] = [operator, current]
-            pointers = []
-            union, contiguous = 0, True
-            for a in args:
-                if a is not None and isinstance(a, Tensor):
-                    pointer = a.data_ptr()
-                    key += (a.shape, a.dtype, a.get_device())
-                    pointers.append(pointer)
-                    union |= pointer
-                    contiguous = contiguous and a.is_contiguous()
-                else:
-                    key.append(a)
-            regular = contiguous and union % _POINTER_ALIGNMENT == 0
-            key.append(regular)
-            known = tuple(key)
+            known, pointers, regular = _key(operator, current, args)
             plan = _find(known)
             if plan is _UNKNOWN:
                 # The kernels do not depend on the number of tokens: likely they exist, and this one may not come again.
@@ -418,6 +432,27 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
                 recall.keep((current, *args), plan)
             return plan.run(pointers)
 
+        def replay_of(args: tuple[Any, ...], outputs: int, mutated: slice) -> Replay | None:
+            """What repeats calls like ``operator(*args)``, if its plan is known and has so many outputs with elements.
+
+            ``mutated`` are those of its tensors whose versions count.
+            """
+            current = configuration()
+            plan = _find(_key(operator, current, args)[0]) if _replayable(args[0]) else None
+            if not isinstance(plan, _Plan) or len(plan.extents) != outputs:
+                return None
+
+            def replay(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+                pointers = list(map(_data_ptr, tensors))
+                if configuration() is not current or not _aligned(pointers):
+                    return None
+                if written := tensors[mutated]:
+                    torch._C._increment_version(written)
+                return plan.launch(pointers)
+
+            return replay
+
+        run.replay_of = replay_of  # type: ignore[attr-defined]
         return run
 
     return decorate

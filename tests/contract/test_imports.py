@@ -40,7 +40,7 @@ RULES = (
     Rule("gka_ops.validation", ours=("gka_ops.types", NUMERICS), third_party=TORCH),
     Rule(
         "gka_ops.ops",
-        ours=("gka_ops.validation", NUMERICS),
+        ours=("gka_ops.recall", "gka_ops.validation", NUMERICS),
         lazy=("gka_ops.triton.*", "gka_ops.reference.backend", "gka_ops.reference.double_backward"),
         third_party=TORCH,
     ),

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 import gka_ops
-from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, norm_error, run_gka
+from gka_ops import ops
+from tests.helpers.problems import (
+    Problem,
+    cotangents,
+    evaluate,
+    gate_of,
+    make_problem,
+    norm_error,
+    run_gka,
+    state_of,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -36,8 +46,23 @@ def ordinary(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     from gka_ops.triton import launcher
 
     with monkeypatch.context() as context:
+        context.setattr(ops, "watched", lambda: True)
         context.setattr(launcher, "_replayable", lambda tensor: False)
         return run()
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the operators that are called, as long as the test runs."""
+    names: list[str] = []
+    backend = ops._backend
+
+    def named(op: str, *args: Any) -> Any:
+        names.append(op)
+        return backend(op, *args)
+
+    monkeypatch.setattr(ops, "_backend", named)
+    return names
 
 
 @pytest.mark.parametrize(
@@ -136,3 +161,140 @@ def test_streams_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# -------------------------------------------------------------------------------------------- beside the dispatcher
+@pytest.mark.parametrize("output_final_state", [False, True])
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"Hkv": 2}, {"state": True}, {"gate": True}, {"ridge": "token"}, {"ridge": "head", "state": True}],
+    ids=str,
+)
+def test_forward_beside_the_dispatcher(
+    options: dict[str, Any], num_iter: int, output_final_state: bool, dispatched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def run(p: Problem) -> list[torch.Tensor]:
+        with torch.no_grad():
+            output, state = gka_ops.chunk_gka(
+                p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, ridge=gka_ops.Ridge(p.ridge_scale, p.ridge_offset),
+                gate=gate_of(p), num_iter=num_iter, qk_l2norm=True, initial_state=state_of(p),
+                output_final_state=output_final_state,
+            )  # fmt: skip
+        return [output, *(state or ())]
+
+    for seed in range(4):
+        p = make_problem(**{**SIZES, "T": 100, "seed": seed, **options})
+        expected = ordinary(lambda p=p: run(p), monkeypatch)
+        dispatched.clear()
+        actual = run(p)
+        assert len(dispatched) == (seed == 0)
+        for value, wanted in zip(actual, expected, strict=True):
+            assert value.dtype == wanted.dtype and value.stride() == wanted.stride() and torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_decode_beside_the_dispatcher(pool: bool, dispatched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        state = gka_ops.GKAState(*(torch.zeros(4 if pool else 2, 4, 64, 64, device="cuda") for _ in range(2)))
+        indices = {"state_indices": torch.tensor([3, 0], device="cuda")} if pool else {}
+        outputs = []
+        for step in range(6):
+            p = make_problem(**{**SIZES, "T": 1, "seed": step})
+            versions = [part._version for part in state]
+            outputs.append(gka_ops.recurrent_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=state, **indices))
+            assert [part._version for part in state] == [version + 1 for version in versions]
+        return [*outputs, *state]
+
+    expected = ordinary(run, monkeypatch)
+    dispatched.clear()
+    actual = run()
+    assert dispatched == ["recurrent_gka"]
+    for value, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_capture_beside_the_dispatcher(dispatched: list[str]) -> None:
+    p = make_problem(**{**SIZES, "T": 1})
+    state = gka_ops.GKAState(*(torch.zeros(2, 4, 64, 64, device="cuda") for _ in range(2)))
+
+    def run() -> torch.Tensor:
+        return gka_ops.recurrent_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=state)
+
+    expected = []
+    for _ in range(4):
+        expected.append(run())
+    states = [part.clone() for part in state]
+    for part in state:
+        part.zero_()
+    dispatched.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    assert not dispatched
+    for wanted in expected:
+        graph.replay()
+        assert torch.equal(captured, wanted)
+    for part, wanted in zip(state, states, strict=True):
+        assert torch.equal(part, wanted)
+
+
+def test_side_streams_beside_the_dispatcher(dispatched: list[str]) -> None:
+    """The launch waits for what its own stream does, and its output belongs to that stream."""
+    p = make_problem(**SIZES, T=100)
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return gka_ops.chunk_gka(q, p.k, p.v, p.log_decay, p.alpha, p.beta).output
+
+    expected = run(p.q)
+    torch.cuda.synchronize()
+    dispatched.clear()
+    for _ in range(3):
+        stream, q = torch.cuda.Stream(), torch.zeros_like(p.q)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            q.copy_(p.q)
+            output = run(q)
+        stream.synchronize()
+        assert torch.equal(output, expected)
+    assert not dispatched
+
+
+def test_inference_mode_beside_the_dispatcher(dispatched: list[str]) -> None:
+    p = make_problem(**SIZES, T=100)
+
+    def run() -> torch.Tensor:
+        return gka_ops.chunk_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta).output
+
+    expected = run()
+    for context in (torch.inference_mode, lambda: torch.autocast("cuda"), torch.no_grad):
+        with context():
+            run()
+            dispatched.clear()
+            output = run()
+        assert not dispatched
+        assert output.is_inference() == (context is torch.inference_mode)
+        assert torch.equal(output, expected)
+
+
+def test_profilers_see_operators_that_are_known(dispatched: list[str]) -> None:
+    p = make_problem(**SIZES, T=100)
+
+    def run() -> torch.Tensor:
+        return gka_ops.chunk_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta).output
+
+    run()
+    dispatched.clear()
+    run()
+    assert not dispatched
+    with torch.profiler.profile() as profile:
+        run()
+    assert "gka::chunk_gka" in {event.key for event in profile.key_averages()}
+    with torch.autograd.profiler.emit_nvtx():
+        run()
+    assert dispatched == ["chunk_gka"] * 2
+    run()
+    assert len(dispatched) == 2
