@@ -38,8 +38,8 @@ NOTE [Beside the dispatcher] (docs/adr/0008)
   * It is not :func:`watched`, by what the keys do not show. That is asked at each call.
   * What the operator's other kernels do is done: the versions of mutated states count.
 
-  Two things are noticed only after ``launcher.forget()``: a kernel that someone registers for these operators, and an
-  observer that is installed in C++ alone (Kineto on demand).
+  A kernel that someone registers for these operators is noticed only after ``launcher.forget()``. An observer that is
+  installed in C++ alone (Kineto on demand) does not see known calls.
 """
 
 from __future__ import annotations
