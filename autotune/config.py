@@ -55,6 +55,7 @@ class ChunkConfig:
     backward_scan: KernelConfig
     backward_value: KernelConfig
     backward_key: KernelConfig
+    backward_key_hopper: KernelConfig | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         backward_scan=KernelConfig(num_warps=4, num_stages=1, max_registers=None if is_fp32 else 80),
         backward_value=KernelConfig(num_warps=token_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=token_warps, num_stages=1),
+        backward_key_hopper=KernelConfig(8, 1, max_registers=128) if padded_d == 128 and not is_fp32 else None,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
+from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
 from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kernel, chunk_backward_state_kernel
@@ -300,6 +301,13 @@ def _on_hopper(p: _Problem) -> bool:
     return p.config.solve_async and p.q.is_cuda and torch.cuda.get_device_capability(p.q.device) == (9, 0)
 
 
+def _copied_asynchronously(p: _Problem, solved: _Solved) -> bool:
+    """Whether the token gradients run in Gluon: rows of whole 16 bytes, x in fp16 beside q, and values."""
+    x = solved.x
+    whole = p.block_d == p.D and x is not None and x.dtype == torch.float16 and x.data_ptr() % 16 == 0
+    return p.config.backward_key_hopper is not None and p.v is not None and p.solve and whole and _on_hopper(p)
+
+
 def new_solution(p: _Problem, x_dtype: torch.dtype) -> _Solved:
     """Room for x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
     packed = x_dtype == torch.float16
@@ -544,9 +552,12 @@ def token_gradients(
             **shared, **p.values, **p.config.backward_value.launch_options(),
         )  # fmt: skip
     if w.dkk.states is not None:
-        launch(chunk_backward_key_kernel, p.chunk_grid(slab),
+        kernel, config = chunk_backward_key_kernel, p.config.backward_key
+        if _copied_asynchronously(p, solved):
+            kernel, config = chunk_backward_key_hopper_kernel, p.config.backward_key_hopper
+        launch(kernel, p.chunk_grid(slab),
             y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
-            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **p.config.backward_key.launch_options(),
+            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **config.launch_options(),
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from gka_ops.triton.gluon_primitives import places, to_shared
 from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
@@ -28,20 +29,6 @@ from gka_ops.triton.primitives import (
     split_along_query,
     store_tile,
 )
-
-
-@gluon.jit
-def places(start, end, i_h, H: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
-    """token_rows_of_chunk in a layout."""
-    o_c = gl.arange(0, C, LAYOUT)
-    return start + o_c < end, (start + o_c).to(gl.int64) * H + i_h, gl.minimum(o_c, end - start - 1)
-
-
-@gluon.jit
-def to_shared(b):
-    """The operand b [R, D] in shared memory; fence_async_shared and a barrier before a product reads it."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b.shape, b.dtype)
-    return gl.allocate_shared_memory(b.dtype, b.shape, LAYOUT, b)
 
 
 @gluon.jit
