@@ -47,11 +47,16 @@ def copy_rows(s, p, o_r, o_d, stride):
 
 
 @gluon.jit
-def arrived(copies: gl.constexpr, stored: gl.constexpr):
-    """All but the last ``copies`` copies, and what threads have stored, can be read by the tensor cores."""
+def stored():
+    """What threads have stored can be read by the tensor cores."""
+    fence_async_shared()
+    tl.debug_barrier()
+
+
+@gluon.jit
+def arrived(copies: gl.constexpr):
+    """All but the last ``copies`` copies can be read by the tensor cores, and what threads stored before a fence."""
     async_copy.wait_group(copies)
-    if stored:
-        fence_async_shared()
     tl.debug_barrier()
 
 
@@ -77,4 +82,22 @@ def load_sums(s_shares, LAYOUT: gl.constexpr):
     b = s_shares.index(0).load(LAYOUT)
     if s_shares.shape[0] == 2:
         b += s_shares.index(1).load(LAYOUT)
+    return b
+
+
+@gluon.jit
+def largest_of_rows(b, WARPS: gl.constexpr):
+    """Largest entries of rows, as :func:`sums_of_rows` has sums."""
+    C: gl.constexpr = b.shape[0]
+    SHARES: gl.constexpr = WARPS // 4
+    b_shares = gl.max(b.reshape([C, SHARES, b.shape[1] // SHARES]), axis=2)
+    s_shares = gl.allocate_shared_memory(gl.float32, [C, SHARES], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]), b_shares)
+    return s_shares._reinterpret(gl.float32, [SHARES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def load_largest(s_shares, LAYOUT: gl.constexpr):
+    b = s_shares.index(0).load(LAYOUT)
+    if s_shares.shape[0] == 2:
+        b = gl.maximum(b, s_shares.index(1).load(LAYOUT))
     return b

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from gka_ops.triton.gluon_primitives import (
     arrived,
@@ -142,7 +142,8 @@ def chunk_backward_key_hopper_kernel(
     b_q, unit_q = scale_rows(b_q.to(gl.float32))
     s_q = to_shared(b_q.to(OPERAND))
     s_weight_q = vector(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
-    arrived(1, stored=True)
+    fence_async_shared()
+    arrived(1)
 
     b_zero_r, b_zero_s = gl.zeros([C, BLOCK_D], gl.float32, M_R), gl.zeros([C, C], gl.float32, M_S)
     b_dk = warpgroup_mma(s_k, s_r, b_zero_r, use_acc=False, is_async=True)
@@ -191,7 +192,7 @@ def chunk_backward_key_hopper_kernel(
     s_w, s_y = s_xy.index(0), s_xy.index(BLOCK_D // C - 1)
     copy_rows(s_w, x + first * D, o_r, o_d, H * D)
     copy_rows(s_y, y + i_state * C * D, o_r, o_d, D)
-    arrived(2, stored=False)
+    arrived(2)
     b_kh = warpgroup_mma(s_k, s_h, b_zero_r, use_acc=False, is_async=True)
     b_gram = warpgroup_mma(s_k, s_k.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     b_k = s_k.load(M_R).to(gl.float32)
@@ -214,7 +215,8 @@ def chunk_backward_key_hopper_kernel(
     )
     b_pk = b_gram * b_decay * b_w  # W∘K Kᵀ
     s_pk = to_shared(b_pk.to(OPERAND))
-    arrived(1, stored=True)
+    fence_async_shared()
+    arrived(1)
     b_dk = warpgroup_mma(s_pk, s_k, b_dk, is_async=True)
     b_kq = warpgroup_mma(s_k, s_q.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     b_kw = warpgroup_mma(s_k, s_w.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
@@ -231,7 +233,8 @@ def chunk_backward_key_hopper_kernel(
     b_ky *= b_e
     s_kyq.store((b_ky * along).to(OPERAND))
     s_pk.store((b_ky * across).to(OPERAND))
-    arrived(0, stored=True)
+    fence_async_shared()
+    arrived(0)
     b_dk = warpgroup_mma(s_kx, s_y, b_dk, is_async=True)
     b_dk = warpgroup_mma(s_kyq, s_q, b_dk, is_async=True)
     b_dk = warpgroup_mma(s_pk, s_w, b_dk, is_async=True)
