@@ -171,13 +171,13 @@ def token_rows_of_chunk(start, end, i_h, H: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def formed_anew(start, num_iter):
-    """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
+def formed_anew(start, positive):
+    """``start`` as the compiler cannot recognise it (``positive`` >= 1, so the addend is 0).
 
-    What is indexed from it is computed after the solve instead of living across it, where every register counts and
-    a spilled one travels to HBM and back, because the solves in flight push it out of L2.
+    What is indexed from it is computed anew instead of living across what lies between: across the solve every
+    register counts, and a spilled one travels to HBM and back, because the solves in flight push it out of L2.
     """
-    return start + tl.minimum(num_iter, 0)
+    return start + tl.minimum(positive, 0)
 
 
 @triton.jit

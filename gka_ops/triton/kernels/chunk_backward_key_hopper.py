@@ -27,6 +27,7 @@ from gka_ops.triton.primitives import (
     chunk_bounds,
     decayed_max,
     effective_log_decay,
+    formed_anew,
     load_tile,
     query_weight,
     row_norm,
@@ -189,22 +190,25 @@ def chunk_backward_key_hopper_kernel(
     b_dk = warpgroup_mma_wait(0, [b_dk])
     tl.debug_barrier()
     s_xy = s_r._reinterpret(OPERAND, [BLOCK_D // C, C, BLOCK_D], S_TILE)
-    s_w, s_y = s_xy.index(0), s_xy.index(BLOCK_D // C - 1)
+    s_w, s_y = s_xy.index(0), s_xy.index(1)
+    start = formed_anew(start, slab_chunks)
+    first = start.to(gl.int64) * H + i_h
+    _, _, o_r = places(start, end, i_h, H, C, TILE_ROWS)
     copy_rows(s_w, x + first * D, o_r, o_d, H * D)
     copy_rows(s_y, y + i_state * C * D, o_r, o_d, D)
     arrived(2)
     b_kh = warpgroup_mma(s_k, s_h, b_zero_r, use_acc=False, is_async=True)
     b_gram = warpgroup_mma(s_k, s_k.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
-    b_k = s_k.load(M_R).to(gl.float32)
-    s_k_r_k = sums_of_rows(b_dk * b_k, WARPS)
+    s_k_r_k = sums_of_rows(b_dk * s_k.load(M_R).to(gl.float32), WARPS)
     b_dk *= s_of_r.load(ROWS)[:, None]
     b_kh, b_gram = warpgroup_mma_wait(0, [b_kh, b_gram])
     tl.debug_barrier()
     s_u = s_h._reinterpret(OPERAND, [BLOCK_D // C, C, BLOCK_D], S_TILE).index(0)
     s_scores = s_h._reinterpret(OPERAND, [BLOCK_D * BLOCK_D // (C * C), C, C], S_SCORES)
     copy_rows(s_u, dk_u + i_state * C * D, o_r, o_d, D)
-    s_k_h_k = sums_of_rows(b_kh * b_k, WARPS)
+    s_k_h_k = sums_of_rows(b_kh * s_k.load(M_R).to(gl.float32), WARPS)
     b_dk += b_kh * s_of_h.load(ROWS)[:, None]
+    tl.debug_barrier()
 
     o_t, o_s = gl.arange(0, C, S_ROWS), gl.arange(0, C, S_COLUMNS)
     anticausal = o_t[:, None] <= o_s[None, :]
@@ -220,18 +224,19 @@ def chunk_backward_key_hopper_kernel(
     b_dk = warpgroup_mma(s_pk, s_k, b_dk, is_async=True)
     b_kq = warpgroup_mma(s_k, s_q.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     b_kw = warpgroup_mma(s_k, s_w.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
-    b_ky = warpgroup_mma(s_k, s_y.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     s_gram_pairs = sums_of_rows(b_pk * b_gram, WARPS)
     b_e = gl.where(anticausal, -b_decay, 0.0)  # −Mᵀ
-    b_dk, b_kq, b_kw, b_ky = warpgroup_mma_wait(0, [b_dk, b_kq, b_kw, b_ky])
-    tl.debug_barrier()
+    b_dk, b_kq, b_kw = warpgroup_mma_wait(0, [b_dk, b_kq, b_kw])
+    b_ky = warpgroup_mma(s_k, s_y.permute((1, 0)), b_zero_s, use_acc=False, is_async=True)
     along, across = s_along.load(S_COLUMNS)[None, :], s_across.load(S_COLUMNS)[None, :]
     b_kx = (b_kq * along + b_kw * across) * b_e
     s_kx, s_kyq = s_scores.index(2), s_scores.index(3)  # beside s_u
     s_kx.store(b_kx.to(OPERAND))
-    b_pairs = b_kx * b_ky
+    b_ky = warpgroup_mma_wait(0, [b_ky])
+    s_pairs = sums_of_rows(b_kx * b_ky, WARPS)
     b_ky *= b_e
     s_kyq.store((b_ky * along).to(OPERAND))
+    tl.debug_barrier()  # W∘K Kᵀ makes room
     s_pk.store((b_ky * across).to(OPERAND))
     fence_async_shared()
     arrived(0)
@@ -239,10 +244,10 @@ def chunk_backward_key_hopper_kernel(
     b_dk = warpgroup_mma(s_kyq, s_q, b_dk, is_async=True)
     b_dk = warpgroup_mma(s_pk, s_w, b_dk, is_async=True)
 
-    s_pairs = sums_of_rows(b_pairs, WARPS)
     b_beta, nu, unit = s_beta.load(TOKENS), s_nu.load(TOKENS), s_unit.load(TOKENS)
     m_r = s_m_r.load(TOKENS) * load_sums(s_k_r_k, TOKENS)
     pairs = 0.5 * load_sums(s_gram_pairs, TOKENS) + load_sums(s_pairs, TOKENS)
+    start = formed_anew(start, slab_chunks)
     m_t, o_row, _ = places(start, end, i_h, H, C, TOKENS)
     b_m = m_r + s_m_h.load(TOKENS) * load_sums(s_k_h_k, TOKENS) + nu * nu * unit * pairs
     m_v = s_of_u.index(1).load(TOKENS)
@@ -260,10 +265,12 @@ def chunk_backward_key_hopper_kernel(
         d_dt_bias, log_decay, A_log, dt_bias, o_row, m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
     b_dk, s_k, s_q, s_pk, s_xy = warpgroup_mma_wait(0, [b_dk, s_k, s_q, s_pk, s_xy])  # theirs until now
+    tl.debug_barrier()
     b_dk *= s_of_dk.load(ROWS)[:, None]
     if QK_L2NORM:
         b_dk -= s_k.load(M_R).to(gl.float32) * s_of_k.load(ROWS)[:, None]
     b_dk += s_u.load(M_R).to(gl.float32) * s_of_u.load(ROWS)[:, None]
     m_t, _, o_r = places(start, end, i_h, H, C, TILE_ROWS)
+    first = start.to(gl.int64) * H + i_h
     b_dk = gl.convert_layout(b_dk.to(dk.dtype.element_ty), TILE)
     store_tile(dk + first * D, b_dk, o_r, m_t, o_d, H * D, D, BLOCK_D)

@@ -23,6 +23,7 @@ from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
     effective_log_decay,
+    formed_anew,
     load_tile,
     pow2_floor,
     pow2_inverse,
@@ -206,7 +207,7 @@ def chunk_backward_value_hopper_kernel(
     of_state = s_tau.load(TOKENS) * s_unit_v.load(TOKENS)
     unit = pow2_floor(gl.maximum(load_largest(s_largest, TOKENS), 2.0**-40 * of_state))
     s_unit, s_of_state = vector(unit), vector(of_state * pow2_inverse(unit))
-    b_dk = warpgroup_mma_wait(0, [b_dk])
+    b_dk, s_vxi = warpgroup_mma_wait(0, [b_dk, s_vxi])  # its own until now
     tl.debug_barrier()
     s_scores = s_xi._reinterpret(OPERAND, [BLOCK_D * V_PAD // (C * C), C, C], S_SCORES)
     s_lo = s_scores.index(0)._reinterpret(VALUE, [C, C], S_SCORES)
@@ -222,6 +223,8 @@ def chunk_backward_value_hopper_kernel(
     b_dk = warpgroup_mma(s_pq, s_q, b_dk, is_async=True)
     b_dk = warpgroup_mma(s_pw, s_w, b_dk, is_async=True)
 
+    start = formed_anew(start, slab_chunks)
+    first = start.to(gl.int64) * H + i_h
     m_t, o_row, _ = places(start, end, i_h, H, C, TOKENS)
     nu = gl.where(m_t, s_nu.load(TOKENS), 0.0)
     m_next = nu * s_tau.load(TOKENS) * load_sums(s_next, TOKENS)
@@ -229,9 +232,11 @@ def chunk_backward_value_hopper_kernel(
     gl.store(j_u + i_state, gl.sum(s_square.load(TOKENS) * m_next, axis=0))
     m_t, o_row, o_r = places(start, end, i_h, H, C, TILE_ROWS)
     b_dv, s_hi, s_do = warpgroup_mma_wait(2, [b_dv, s_hi, s_do])  # theirs until now
+    tl.debug_barrier()
     b_dv = gl.convert_layout((b_dv * s_of_dv.load(ROWS)[:, None]).to(dv.dtype.element_ty), TILE)
     store_tile(dv + first * V, b_dv, o_r, m_t, o_v, H * V, V, V_PAD)
     b_dk, s_q, s_w, s_scores = warpgroup_mma_wait(0, [b_dk, s_q, s_w, s_scores])
+    tl.debug_barrier()
     s_largest = largest_of_rows(gl.abs(b_dk), WARPS)
     tl.debug_barrier()
     unit_dk = pow2_floor(load_largest(s_largest, ROWS))
