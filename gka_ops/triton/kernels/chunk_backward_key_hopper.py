@@ -11,30 +11,28 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from gka_ops.triton.gluon_primitives import (
-    arrived,
-    copy_rows,
-    load_sums,
-    places,
-    scalars_in_row,
-    shared_scalars,
-    sums_of_rows,
-    to_shared,
-    vector,
-)
 from gka_ops.triton.primitives import (
+    arrived,
     chunk_and_head,
     chunk_bounds,
+    copy_rows,
     decayed_max,
     effective_log_decay,
     formed_anew,
+    load_sums,
     load_tile,
+    places,
     query_weight,
     row_norm,
+    scalars_in_row,
     scale_rows,
     score_unit,
+    shared_scalars,
     store_gate_gradients,
     store_tile,
+    sums_of_rows,
+    to_shared,
+    vector,
 )
 
 

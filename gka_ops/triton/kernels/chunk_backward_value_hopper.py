@@ -5,31 +5,29 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from gka_ops.triton.gluon_primitives import (
+from gka_ops.triton.primitives import (
     arrived,
+    chunk_and_head,
+    chunk_bounds,
     copy_rows,
+    effective_log_decay,
+    formed_anew,
     largest_of_rows,
     load_largest,
     load_sums,
+    load_tile,
     places,
+    pow2_floor,
+    pow2_inverse,
+    query_weight,
     scalars_in_row,
+    scale_rows,
     shared_scalars,
+    store_tile,
     stored,
     sums_of_rows,
     to_shared,
     vector,
-)
-from gka_ops.triton.primitives import (
-    chunk_and_head,
-    chunk_bounds,
-    effective_log_decay,
-    formed_anew,
-    load_tile,
-    pow2_floor,
-    pow2_inverse,
-    query_weight,
-    scale_rows,
-    store_tile,
 )
 
 

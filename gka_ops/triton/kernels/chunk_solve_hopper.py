@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from gka_ops.triton.gluon_primitives import places, to_shared
 from gka_ops.triton.primitives import (
     chunk_and_head,
     chunk_bounds,
@@ -22,12 +21,14 @@ from gka_ops.triton.primitives import (
     load_scalars,
     load_tile,
     normalise,
+    places,
     pow2_floor,
     pow2_inverse,
     query_weight,
     scale_rows,
     split_along_query,
     store_tile,
+    to_shared,
 )
 
 
