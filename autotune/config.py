@@ -36,6 +36,7 @@ class ChunkConfig:
         scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
         solve_async: whether a Hopper card runs the solves' Gluon kernels; they need C = 64 and four warps.
+        token_gradients_async: whether it runs those of the token gradients; they need C = 64 and D = 128.
     """
 
     chunk: int
@@ -46,6 +47,7 @@ class ChunkConfig:
     scan_entries: int
     precision: str
     solve_async: bool
+    token_gradients_async: bool
     state: KernelConfig
     solve: KernelConfig
     readout: KernelConfig
@@ -55,6 +57,8 @@ class ChunkConfig:
     backward_scan: KernelConfig
     backward_value: KernelConfig
     backward_key: KernelConfig
+    backward_value_hopper: KernelConfig
+    backward_key_hopper: KernelConfig
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         scan_entries=2048,
         precision="tf32x3",
         solve_async=padded_d in (64, 128) and not is_fp32,
+        token_gradients_async=padded_d == 128 and not is_fp32,
         state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=3),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(
@@ -112,6 +117,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         backward_scan=KernelConfig(num_warps=4, num_stages=1, max_registers=None if is_fp32 else 80),
         backward_value=KernelConfig(num_warps=token_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=token_warps, num_stages=1),
+        backward_value_hopper=KernelConfig(num_warps=4, num_stages=1),
+        backward_key_hopper=KernelConfig(num_warps=4, num_stages=1),
     )
 
 

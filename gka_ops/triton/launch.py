@@ -18,11 +18,13 @@ from torch import Tensor
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
+from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
 from gka_ops.triton.kernels.chunk_backward_solve import chunk_backward_solve_kernel
 from gka_ops.triton.kernels.chunk_backward_solve_hopper import chunk_backward_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_state import chunk_backward_scan_kernel, chunk_backward_state_kernel
 from gka_ops.triton.kernels.chunk_backward_value import chunk_backward_value_kernel
+from gka_ops.triton.kernels.chunk_backward_value_hopper import chunk_backward_value_hopper_kernel
 from gka_ops.triton.kernels.chunk_readout import chunk_readout_kernel
 from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
@@ -301,6 +303,17 @@ def _on_hopper(p: _Problem) -> bool:
     return p.config.solve_async and p.q.is_cuda and torch.cuda.get_device_capability(p.q.device) == (9, 0)
 
 
+def _aligned(tensor: Tensor | None) -> bool:
+    """Whether the tensor's rows can be copied into shared memory 16 bytes at a time, if they are whole ones."""
+    return tensor is not None and tensor.data_ptr() % 16 == 0
+
+
+def _copied_asynchronously(p: _Problem, solved: _Solved) -> bool:
+    """Whether the Gluon kernels form the token gradients: after a solve, of which x is stored beside q, and with v."""
+    supported = p.config.token_gradients_async and p.solve and p.v is not None and p.block_d == p.D
+    return supported and solved.x_scale is not None and _aligned(solved.x) and _on_hopper(p)
+
+
 def new_solution(p: _Problem, x_dtype: torch.dtype) -> _Solved:
     """Room for x of every token and ‖H_t‖_F. ``x_dtype``: fp16 stores x as x_query·q + x_scale·x̂, fp32 as it is."""
     packed = x_dtype == torch.float16
@@ -534,6 +547,7 @@ def token_gradients(
 ) -> None:
     """Stage C: through U (C1), then through H (C2). Whichever runs last finishes dk, dβ and the gate's gradient."""
     first = p.side_by_side * slab.first
+    asynchronous = _copied_asynchronously(p, solved)
     shared = {
         "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": w.pi, "dk_u": w.dk_u(),
         "dk_u_units": w.dk_u_units, "m_u": w.m_u, "j_u": w.j_u, "traces": w.traces, "PIECES": w.pieces.total,
@@ -541,14 +555,20 @@ def token_gradients(
         "OPERAND": _TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
     if p.v is not None:
-        launch(chunk_backward_value_kernel, p.chunk_grid(slab),
+        kernel, config = chunk_backward_value_kernel, p.config.backward_value
+        if asynchronous and p.D == p.V and p.q.dtype == torch.bfloat16 and _aligned(d_output):
+            kernel, config = chunk_backward_value_hopper_kernel, p.config.backward_value_hopper
+        launch(kernel, p.chunk_grid(slab),
             d_output=d_output, v=p.v, alpha=p.alpha, dkv=w.dkv.states, dkv_units=w.dkv.units, dv=out.dv, scale=p.scale,
-            **shared, **p.values, **p.config.backward_value.launch_options(),
+            **shared, **p.values, **config.launch_options(),
         )  # fmt: skip
     if w.dkk.states is not None:
-        launch(chunk_backward_key_kernel, p.chunk_grid(slab),
+        kernel, config = chunk_backward_key_kernel, p.config.backward_key
+        if asynchronous:
+            kernel, config = chunk_backward_key_hopper_kernel, p.config.backward_key_hopper
+        launch(kernel, p.chunk_grid(slab),
             y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
-            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **p.config.backward_key.launch_options(),
+            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **config.launch_options(),
         )  # fmt: skip
 
 

@@ -171,13 +171,13 @@ def token_rows_of_chunk(start, end, i_h, H: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def formed_anew(start, num_iter):
-    """``start`` as the compiler cannot recognise it (num_iter >= 1, so the addend is 0).
+def formed_anew(start, positive):
+    """``start`` as the compiler cannot recognise it (``positive`` >= 1, so the addend is 0).
 
-    What is indexed from it is computed after the solve instead of living across it, where every register counts and
-    a spilled one travels to HBM and back, because the solves in flight push it out of L2.
+    What is indexed from it is computed anew instead of living across what lies between: across the solve every
+    register counts, and a spilled one travels to HBM and back, because the solves in flight push it out of L2.
     """
-    return start + tl.minimum(num_iter, 0)
+    return start + tl.minimum(positive, 0)
 
 
 @triton.jit
@@ -603,14 +603,13 @@ def keys_times_state(
 
 @triton.jit
 def store_gate_gradients(
-    b_m, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row, m_t, i_h,
-    i_state, MIN_LOG_DECAY: tl.constexpr,
+    b_m, b_pi, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, o_row, m_t,
+    i_h, i_state, MIN_LOG_DECAY: tl.constexpr,
 ):  # fmt: skip
     """dβ and dg (or the raw projection's gradient) of one chunk (MATH.md §4.4–4.5) from m_t = (k·dk + v·dv) / 2β_t²."""
     if d_beta is not None:  # β scales key and value alike: β dβ = k·dk + v·dv
         tl.store(d_beta + o_row, (2 * b_beta * b_m).to(d_beta.dtype.element_ty), mask=m_t)
     if d_log_decay is not None:  # dg_t = J⁺ + Σ_{s>=t} (π_s − (k_s·dk_s + v_s·dv_s)/2)
-        b_pi = load_scalars(pi, o_row, m_t, 0.0)
         b_kappa = tl.where(m_t, b_beta * b_beta * b_m, 0.0)
         b_dg = j_next + tl.cumsum(b_pi - b_kappa, axis=0, reverse=True)
         b_dg = tl.where(m_t & (b_g > MIN_LOG_DECAY), b_dg, 0.0)

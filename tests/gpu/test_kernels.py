@@ -102,6 +102,13 @@ def test_asynchronous_solves_are_the_plain_ones(name: str, D: int, monkeypatch: 
             assert norm_error(actual[output], value) <= contract.SIXTEEN_BIT.gradient / 2, output
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_at_head_dimension_128(name: str) -> None:
+    """Where a Hopper card runs the Gluon kernels."""
+    options = {"T": 200, "H": 4, "Hkv": 2, "D": 128, "V": 128, **OPTIONS[name]}
+    check(problem_on_card(**options), bars=contract.bars_for(torch.bfloat16, options.get("keys", "random")))
+
+
 @pytest.mark.parametrize("mean_decay", [0.5, 1.0])
 def test_short_memory(mean_decay: float) -> None:
     check(problem_on_card(T=1000, H=4, D=128, V=128, mean_decay=mean_decay), bars=contract.SHORT_MEMORY)

@@ -192,8 +192,8 @@ def chunk_backward_key_kernel(
         b_dk -= b_k.to(tl.float32) * (nu * radial)[:, None]
         weight /= key_norm * length
     store_gate_gradients(
-        b_m + m_v, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row,
-        m_t, i_h, i_state, MIN_LOG_DECAY,
+        b_m + m_v, load_scalars(pi, o_row, m_t, 0.0), j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias,
+        log_decay, A_log, dt_bias, o_row, m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
     if dk_u is not None:
         b_dk += b_dk_u.to(tl.float32) * weight_u[:, None]

@@ -176,8 +176,8 @@ def chunk_backward_value_kernel(
         if traces is not None:
             j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)  # J⁺ = <Ξ⁺, U_end>
         store_gate_gradients(
-            b_m, j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias, log_decay, A_log, dt_bias, pi, o_row,
-            m_t, i_h, i_state, MIN_LOG_DECAY,
+            b_m, load_scalars(pi, o_row, m_t, 0.0), j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias,
+            log_decay, A_log, dt_bias, o_row, m_t, i_h, i_state, MIN_LOG_DECAY,
         )  # fmt: skip
         b_dk = normalise_rows_backward(b_dk, b_k.to(tl.float32), unit_k, QK_L2NORM, NORM_EPS)
         store_tile(dk + first * D, b_dk * (b_beta * b_beta)[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)
