@@ -63,13 +63,11 @@ class RecurrentConfig:
 
     Attributes:
         block_v: columns of U at a time.
-        hold: whether the first block of U is read with H, before the solve, and held until it is read out.
         width: neighbouring columns of a state that a thread holds a part of.
         chains: chains of additions that a thread keeps going at once when it sums a column of a state.
     """
 
     block_v: int
-    hold: bool
     width: int
     chains: int
     kernel: KernelConfig
@@ -124,24 +122,14 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
 
 
 @cache
-def recurrent_config(padded_d: int, padded_v: int, one_token: bool, few_programs: bool) -> RecurrentConfig:
-    """The configuration of a decode step, fp32 throughout, for more programs than multiprocessors or for no more.
+def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> RecurrentConfig:
+    """The configuration of a decode step, fp32 throughout: as many threads as hold H with registers to spare.
 
-    Many: as many threads as hold H with registers to spare. With one token H is gone when U comes, and its registers
-    take as much of U; with more both are held at once. Few: twice the threads, which hold all of H and U from the
-    start. The program waits for memory once, and all but the read-out is behind it when the solve, which is latency
-    alone, begins.
+    With one token H is gone when U comes, and its registers take as much of U; with more both are held at once.
     """
-    if few_programs and padded_d <= 128 and padded_v <= 128:
-        kernel = KernelConfig(max(1, padded_d // 16), num_stages=1)
-        return RecurrentConfig(block_v=padded_v, hold=True, width=2, chains=2, kernel=kernel)
-    if padded_d > 128:
-        kernel = KernelConfig(num_warps=16, num_stages=1, max_registers=128)
-    else:
-        kernel = KernelConfig(
-            num_warps=max(1, padded_d // 32),
-            num_stages=1,
-            max_registers=168 if one_token and padded_d == 128 else None,  # three programs a multiprocessor
-        )
-    block_v = min(padded_v, 64 if one_token and padded_d <= 128 else 32)
-    return RecurrentConfig(block_v, hold=False, width=2, chains=2, kernel=kernel)
+    return RecurrentConfig(
+        block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
+        width=2,
+        chains=2,
+        kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),
+    )

@@ -744,7 +744,7 @@ def recurrent_gka(
     if output.numel() == 0:
         return output
     block_d = _padded(D)
-    config = recurrent_config(block_d, _padded(V), T == 1, few_programs=_multiprocessors(q) >= B * H)
+    config = recurrent_config(block_d, _padded(V), T == 1)
     with _on_device(q):
         launch(recurrent_kernel, (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
@@ -753,10 +753,9 @@ def recurrent_gka(
             kk=kk, kv=kv, state_indices=_contiguous(state_indices), output=output, ridge_scale=ridge_scale,
             ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
             BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
-            HELD=int(config.hold), LANES=config.lanes(block_d), LANES_V=config.lanes(config.block_v),
-            WIDTH=config.width, CHAINS=config.chains, SOLVE=num_iter > 0,
-            **ridge_kind(ridge_scale_tensor, ridge_offset_tensor), QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS,
-            FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
+            LANES=config.lanes(block_d), LANES_V=config.lanes(config.block_v), WIDTH=config.width,
+            CHAINS=config.chains, SOLVE=num_iter > 0, **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
+            QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
             **config.kernel.launch_options(),
         )  # fmt: skip
     return output

@@ -152,7 +152,6 @@ def recurrent_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
-    HELD: tl.constexpr,
     LANES: tl.constexpr,  # threads that share a column of H
     LANES_V: tl.constexpr,  # and of U
     WIDTH: tl.constexpr,
@@ -165,8 +164,7 @@ def recurrent_kernel(
     FRO_MIN: tl.constexpr,
     MIN_LOG_DECAY: tl.constexpr,
 ):
-    """One program does one query head of one sequence, H held on chip over its T tokens, with the first HELD blocks of
-    BLOCK_V columns of U, none or one; the others pass through."""
+    """One program does one query head of one sequence, H held on chip over its T tokens; U passes through."""
     i_h, i_b = tl.program_id(0), tl.program_id(1)
     slot = i_b.to(tl.int64)
     if state_indices is not None:
@@ -183,26 +181,15 @@ def recurrent_kernel(
     p_kk = kk + (slot * H + i_h) * D * D + (o_c + o_r * D)
     p_kv = kv + (slot * H + i_h) * D * V + (o_cv + o_rv * V)
     m_kk = (o_c < D) & (o_r < D)
-    m_kv = (o_cv < V) & (o_rv < D)
-    b_h = tl.zeros(p_kk.shape, tl.float32)
-    b_u = tl.zeros(p_kv.shape, tl.float32)
+    b_h = tl.load(p_kk, mask=m_kk, other=0.0, eviction_policy="evict_first")
     for i_t in range(T):
         i_row = ((i_b * T + i_t) * H + i_h).to(tl.int64)
         i_kv = ((i_b * T + i_t) * (H // GROUP) + i_h // GROUP).to(tl.int64)
-        i_o = i_row * V
-        one = i_t < T
         b_k = load_vector(k + i_kv * D, o_c, D, LANES)
         b_q = load_vector(q + i_row * D, o_c, D, LANES)
-        gamma = tl.exp(load_log_decay(log_decay, A_log, dt_bias, i_row, one, i_h, MIN_LOG_DECAY))
-        b_beta = load_scalars(beta, i_row, one, 1.0)
-        b_alpha = load_scalars(alpha, i_row, one, 1.0)
-        if HELD:
-            b_v = load_vector(v + i_kv * V, o_cv, V, LANES_V)
-        if i_t == 0:  # after what is small, and done with by the time they come
-            b_h = tl.load(p_kk, mask=m_kk, other=0.0, eviction_policy="evict_first")
-            if HELD:
-                b_u = tl.load(p_kv, mask=m_kv, other=0.0, eviction_policy="evict_first")
-        tl.debug_barrier()  # nothing is waited for before all loads are under way
+        gamma = tl.exp(load_log_decay(log_decay, A_log, dt_bias, i_row, True, i_h, MIN_LOG_DECAY))
+        b_beta = load_scalars(beta, i_row, True, 1.0)
+        b_alpha = load_scalars(alpha, i_row, True, 1.0)
         unit_q = unit_of(b_q)
         b_q *= 1 / unit_q
         weight_q = unit_q  # of b_q in the query
@@ -216,30 +203,22 @@ def recurrent_kernel(
         b_h = b_h * gamma + b_k * by_rows(b_k, LANES)
         if i_t == T - 1:  # before the solve, for memory to have work during it
             tl.store(p_kk, b_h, mask=m_kk, eviction_policy="evict_first")
-        if SOLVE:
-            b_fro = tl.sqrt(over_columns(over_rows(b_h * b_h, CHAINS)))
-            b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, i_row, one, i_h, SCALE_PER_TOKEN)
-            b_offset = load_ridge(ridge_offset_tensor, ridge_offset, i_row, one, i_h, OFFSET_PER_TOKEN)
-            inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, False)
-        if HELD:
-            b_u = b_u * gamma + by_columns(b_v * b_beta) * by_rows(b_k, LANES_V)
-            if i_t == T - 1:
-                tl.store(p_kv, b_u, mask=m_kv, eviction_policy="evict_first")
         b_mix = b_q * weight_q
         if SOLVE:
+            b_fro = tl.sqrt(over_columns(over_rows(b_h * b_h, CHAINS)))
+            b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, i_row, True, i_h, SCALE_PER_TOKEN)
+            b_offset = load_ridge(ridge_offset_tensor, ridge_offset, i_row, True, i_h, OFFSET_PER_TOKEN)
+            inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, False)
             b_x = solve(b_q, b_h, weight_h, 1 - b_fro * weight_h, num_iter, CHAINS) * (weight_q * inv_eta)
             b_mix += b_alpha * (b_x - b_mix)  # m = q + α (x − q)
         b_mix = by_rows(b_mix, LANES_V)
-        if HELD:
-            store_vector(output + i_o, over_rows(b_u * b_mix, CHAINS) * scale, o_cv, V, LANES_V)
-        if HELD * BLOCK_V < V_PAD:
-            b_k = by_rows(by_columns(formed_anew(b_key, num_iter)) if SOLVE else b_k, LANES_V)
-            for i_v in range(HELD, V_PAD // BLOCK_V):
-                o_v = i_v * BLOCK_V + o_cv
-                m_v = (o_v < V) & (o_rv < D)
-                b_v = load_vector(v + i_kv * V, o_v, V, LANES_V)
-                b_part = tl.load(p_kv + i_v * BLOCK_V, mask=m_v, other=0.0, eviction_policy="evict_first")
-                b_part = b_part * gamma + by_columns(b_v * b_beta) * b_k
-                tl.store(p_kv + i_v * BLOCK_V, b_part, mask=m_v, eviction_policy="evict_first")
-                store_vector(output + i_o, over_rows(b_part * b_mix, CHAINS) * scale, o_v, V, LANES_V)
-            tl.debug_barrier()  # the next token reads the values that this one stored
+        b_k = by_rows(by_columns(formed_anew(b_key, num_iter)) if SOLVE else b_k, LANES_V)
+        for i_v in range(V_PAD // BLOCK_V):
+            o_v = i_v * BLOCK_V + o_cv
+            m_kv = (o_v < V) & (o_rv < D)
+            b_v = by_columns(load_vector(v + i_kv * V, o_v, V, LANES_V) * b_beta)
+            b_u = tl.load(p_kv + i_v * BLOCK_V, mask=m_kv, other=0.0, eviction_policy="evict_first")
+            b_u = b_u * gamma + b_v * b_k
+            tl.store(p_kv + i_v * BLOCK_V, b_u, mask=m_kv, eviction_policy="evict_first")
+            store_vector(output + i_row * V, over_rows(b_u * b_mix, CHAINS) * scale, o_v, V, LANES_V)
+        tl.debug_barrier()  # the next token reads the values that this one stored
