@@ -67,12 +67,18 @@ class RecurrentConfig:
 
     Attributes:
         block_v: columns of U at a time.
+        width: neighbouring columns of a state that a thread holds a part of.
         chains: chains of additions that a thread keeps going at once when it sums a column of a state.
     """
 
     block_v: int
+    width: int
     chains: int
     kernel: KernelConfig
+
+    def lanes(self, columns: int) -> int:
+        """Threads of one warp that share a column of a tile of so many columns."""
+        return min(32, max(1, 32 * self.kernel.num_warps * self.width // columns))
 
 
 @cache
@@ -124,12 +130,13 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
 
 @cache
 def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> RecurrentConfig:
-    """The configuration of a decode step: a thread for every column of H, and fp32 throughout.
+    """The configuration of a decode step, fp32 throughout: as many threads as hold H with registers to spare.
 
     With one token H is gone when U comes, and its registers take as much of U; with more both are held at once.
     """
     return RecurrentConfig(
         block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
-        chains=4,
+        width=2,
+        chains=2,
         kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),
     )

@@ -773,6 +773,7 @@ def recurrent_gka(
             kk=kk, kv=kv, state_indices=_contiguous(state_indices), output=output, ridge_scale=ridge_scale,
             ridge_offset=ridge_offset, scale=scale, num_iter=num_iter, T=T, H=H, GROUP=H // k.shape[2], D=D, V=V,
             BLOCK_D=block_d, BLOCK_V=config.block_v, V_PAD=triton.cdiv(V, config.block_v) * config.block_v,
+            LANES=config.lanes(block_d), LANES_V=config.lanes(config.block_v), WIDTH=config.width,
             CHAINS=config.chains, SOLVE=num_iter > 0, **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
             QK_L2NORM=qk_l2norm, NORM_EPS=NORM_EPS, FRO_MIN=FRO_MIN, MIN_LOG_DECAY=MIN_LOG_DECAY,
             **config.kernel.launch_options(),

@@ -211,7 +211,7 @@ def test_nothing_is_left_unwritten(options: dict[str, Any], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("num_iter", [0, 30])
-@pytest.mark.parametrize("D", [16, 256])
+@pytest.mark.parametrize("D", [16, 64, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_recurrent_gka(dtype: torch.dtype, D: int, num_iter: int) -> None:
     """Three tokens of four sequences, one of them padding, in a pool of six slots."""
