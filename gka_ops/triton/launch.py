@@ -489,7 +489,7 @@ def read_out_gradient(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w
 
 
 def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _Workspace, out: _Gradients) -> None:
-    """Stage A2."""
+    """Stage A2: from dMix, or from dLoss/dx."""
     launch(chunk_backward_solve_kernel, p.chunk_grid(slab),
         dx=grad if p.v is None else w.dm, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha,
         beta=p.beta, **solved.stored_x(), fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,

@@ -181,7 +181,6 @@ def chunk_backward_key_kernel(
 
     m_v = tl.zeros((C,), tl.float32)
     if dk_u is not None:
-        o_r = pinned(o_r)  # so that no addresses are kept from the first loads to here
         b_dk_u = load_tile(dk_u + first * ROW_U, o_r, o_d, H * ROW_U, D, BLOCK_D)
         weight_u = pinned(load_scalars(dk_u_units, o_row, m_t, 0.0))
         m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
@@ -202,4 +201,5 @@ def chunk_backward_key_kernel(
         b_dk += b_dk_u.to(tl.float32) * weight_u[:, None]
         if ROW_U != D:  # rows of dk and of dk_u share places, but not element by element
             tl.debug_barrier()
+    o_r = pinned(o_r)  # so that addresses are formed anew rather than kept from the first loads
     store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)

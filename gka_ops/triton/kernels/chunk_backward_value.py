@@ -171,6 +171,7 @@ def chunk_backward_value_kernel(
 
     if dk_u is not None:
         b_dk, unit = scale_rows(b_dk)
+        o_r = pinned(o_r)  # so that addresses are formed anew rather than kept from the first loads
         store_tile(dk_u + first * ROW_U, b_dk, o_r, m_t, o_d, H * ROW_U, D, BLOCK_D)
         tl.store(dk_u_units + o_row, unit, mask=m_t)
         tl.store(m_u + o_row, b_m, mask=m_t)
