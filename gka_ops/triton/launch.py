@@ -1,14 +1,15 @@
 """Runs the kernels: buffers, grids and order. One function per operator, with the operator's own signature.
 
 A forward is the state pass (H_c and U_c), the solve and the read-out. A backward works through slabs of chunks, from
-the last to the first (docs/adr/0007): it recomputes the chunk-start states, goes back through the read-out and solves
-for the incoming gradient (stage A), gathers the gradients of the states (stage B) and forms those of keys, values and
-gates (stage C); docs/math.md §4.3.
+the last to the first (docs/adr/0007): it recomputes the chunk-start states, then goes back through U, through the
+read-out and the solve (stage A), and through H. Through either state it gathers that state's gradients (stage B) and
+forms those of keys, values and gates (stage C); docs/math.md §4.3.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +169,27 @@ class _Problem:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.q.new_empty(shape, dtype=dtype)
 
+    def in_one_place(self, *wanted: tuple[tuple[int, ...], torch.dtype] | None) -> list[Tensor | None]:
+        """Buffers of which each is done with before the next is written, so that all begin at the same address."""
+        sizes = [0 if buffer is None else math.prod(buffer[0]) * buffer[1].itemsize for buffer in wanted]
+        place = self.new(max(sizes) // self.operand.itemsize, dtype=self.operand)
+        return [
+            None if buffer is None else place[: size // self.operand.itemsize].view(buffer[1]).view(buffer[0])
+            for size, buffer in zip(sizes, wanted, strict=True)
+        ]
+
+    def kk_shape(self, chunks: int) -> tuple[int, ...]:
+        return (chunks, self.H, self.block_d, self.block_d)
+
+    def kv_shape(self, chunks: int) -> tuple[int, ...]:
+        return (chunks, self.H, self.block_d, self.v_pad)
+
+    def kk_units(self, chunks: int) -> Tensor:
+        return self.new(chunks, self.H)
+
+    def kv_units(self, chunks: int) -> Tensor:
+        return self.new(chunks, self.H, self.v_pad // self.config.block_v)
+
     def per_token(self, wanted: bool = True) -> Tensor | None:
         return self.new(self.B, self.T, self.H) if wanted else None
 
@@ -242,12 +264,11 @@ def new_states(p: _Problem, chunks: int, want_kk: bool, want_final: bool = False
     """Room for H_c (if wanted) and U_c (if there are values) of so many chunks."""
     kk = kv = _NO_STATES
     if want_kk:
-        states = p.new(chunks, p.H, p.block_d, p.block_d, dtype=p.operand)
-        kk = _States(states, p.new(chunks, p.H), p.new(p.N, p.H, p.D, p.D) if want_final else None)
+        final = p.new(p.N, p.H, p.D, p.D) if want_final else None
+        kk = _States(p.new(*p.kk_shape(chunks), dtype=p.operand), p.kk_units(chunks), final)
     if p.v is not None:
-        states = p.new(chunks, p.H, p.block_d, p.v_pad, dtype=p.operand)
-        units = p.new(chunks, p.H, p.v_pad // p.config.block_v)
-        kv = _States(states, units, p.new(p.N, p.H, p.D, p.V) if want_final else None)
+        final = p.new(p.N, p.H, p.D, p.V) if want_final else None
+        kv = _States(p.new(*p.kv_shape(chunks), dtype=p.operand), p.kv_units(chunks), final)
     return kk, kv
 
 
@@ -405,26 +426,6 @@ def new_gradients(p: _Problem, through_h: bool) -> _Gradients:
     )
 
 
-class _Pieces(NamedTuple):
-    """How the scan over chunks divides a gradient of states among programs: rows of a piece, pieces of a state."""
-
-    kk_rows: int
-    kv_rows: int
-    kk: int
-    kv: int
-
-    @property
-    def total(self) -> int:
-        return self.kk + self.kv
-
-
-def scan_pieces(p: _Problem, through_h: bool) -> _Pieces:
-    kk_rows = min(p.block_d, p.config.scan_entries // p.block_d)
-    kv_rows = min(p.block_d, p.config.scan_entries // p.config.block_v)
-    kv_pieces = 0 if p.v is None else p.v_pad // p.config.block_v * (p.block_d // kv_rows)
-    return _Pieces(kk_rows, kv_rows, p.block_d // kk_rows if through_h else 0, kv_pieces)
-
-
 class _Workspace(NamedTuple):
     """What the stages leave for one another: buffers of one slab after the other, and scalars of all tokens, which
     are too small to be worth a place in the slab."""
@@ -437,10 +438,10 @@ class _Workspace(NamedTuple):
     increment_kv_units: Tensor | None
     decay: Tensor
     w_first: Tensor | None
-    pieces: _Pieces
-    traces: Tensor | None  # <Ω⁺, H_c> and <Ξ⁺, U_c> of every chunk in pieces, which only the gate's gradient needs
+    traces: _Pair  # <Ω⁺, H_c> and <Ξ⁺, U_c> of every chunk in pieces, which only the gate's gradient needs
+    dm: Tensor | None
     y: Tensor | None
-    rows: Tensor | None  # dMix (fp32) between the kernels of stage A, then dk_u between those of stage C
+    dk_u: Tensor | None  # in the place of dk
     j_u: Tensor | None
     y_scale: Tensor | None
     w_local: Tensor | None
@@ -448,33 +449,40 @@ class _Workspace(NamedTuple):
     m_u: Tensor | None
     pi: Tensor
 
-    def dk_u(self) -> Tensor | None:
-        """The key gradient through U in the operand dtype, in the place of dMix."""
-        return None if self.rows is None or self.kk.states is None else self.rows.view(self.kk.states.dtype)
 
+def new_workspace(p: _Problem, through_h: bool, dk: Tensor) -> _Workspace:
+    """Room for a slab. All that comes through U is done before anything comes through H, so that U_c and Ξ⁺ leave
+    their places to what is needed next: U_c to y, and Ξ⁺ to dMix and then to Ω⁺.
 
-def new_workspace(p: _Problem, through_h: bool) -> _Workspace:
-    """y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
-    fp32 for a solve alone, whose dx may be anything."""
+    y is stored like x: in the operand dtype where it comes through values, and so lies in the span of the keys; in
+    fp32 for a solve alone, whose dx may be anything.
+    """
     through_u = p.v is not None
     chunks = p.chunks(_Slab(0, p.slab_chunks))
     rows = (chunks, p.H, p.config.chunk, p.D)
-    pieces = scan_pieces(p, through_h)
-    kk, kv = new_states(p, chunks, through_h)
-    dkk, dkv = new_states(p, chunks, through_h)
+    of_h = (p.kk_shape(chunks), p.operand) if through_h else None
+    of_u = (p.kv_shape(chunks), p.operand) if through_u else None
+    kv, y = p.in_one_place(of_u, (rows, p.operand if through_u else torch.float32) if p.solve else None)
+    dkv, dm, dkk = p.in_one_place(of_u, (rows, torch.float32) if p.solve and through_u else None, of_h)
+    _, kk_pieces = scan_pieces(p, p.block_d, p.block_d)
+    _, kv_pieces = scan_pieces(p, p.config.block_v, p.v_pad)
+    gated = p.log_decay is not None
     return _Workspace(
-        kk=kk,
-        kv=kv,
-        dkk=dkk,
-        dkv=dkv,
-        increment_kk_units=p.new(chunks, p.H) if p.solve else None,
-        increment_kv_units=p.new(chunks, p.H, p.v_pad // p.config.block_v) if through_u else None,
+        kk=_States(p.new(*of_h[0], dtype=p.operand), p.kk_units(chunks), None) if of_h else _NO_STATES,
+        kv=_States(kv, p.kv_units(chunks), None) if through_u else _NO_STATES,
+        dkk=_States(dkk, p.kk_units(chunks), None) if through_h else _NO_STATES,
+        dkv=_States(dkv, p.kv_units(chunks), None) if through_u else _NO_STATES,
+        increment_kk_units=p.kk_units(chunks) if p.solve else None,
+        increment_kv_units=p.kv_units(chunks) if through_u else None,
         decay=p.new(chunks, p.H),
         w_first=p.new(chunks, p.H) if p.solve else None,
-        pieces=pieces,
-        traces=None if p.log_decay is None else p.new(chunks, p.H, pieces.total),
-        y=p.new(*rows, dtype=p.operand if through_u else torch.float32) if p.solve else None,
-        rows=p.new(*rows) if through_h and through_u else None,
+        traces=_Pair(
+            p.new(chunks, p.H, kk_pieces) if through_h and gated else None,
+            p.new(chunks, p.H, kv_pieces) if through_u and gated else None,
+        ),
+        dm=dm,
+        y=y,
+        dk_u=dk.view(p.operand) if through_h and through_u else None,
         j_u=p.new(chunks, p.H) if through_h and through_u else None,
         y_scale=p.per_token(p.solve),
         w_local=p.per_token(p.solve),
@@ -484,25 +492,26 @@ def new_workspace(p: _Problem, through_h: bool) -> _Workspace:
     )
 
 
+def read_out_gradient(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _Workspace, out: _Gradients) -> None:
+    """Stage A1: through the read-out to dMix, or to dq without a solve."""
+    launch(chunk_backward_readout_kernel, p.chunk_grid(slab),
+        d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **solved.stored_x(),
+        kv=w.kv.states, kv_units=w.kv.units, dm=w.dm, dq=out.dq, d_alpha=out.d_alpha, pi=w.pi, scale=p.scale,
+        GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry,
+        **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
+    )  # fmt: skip
+
+
 def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _Workspace, out: _Gradients) -> None:
-    """Stage A: through the read-out to dMix (A1), then the adjoint solve (A2)."""
-    x = solved.stored_x()
-    if p.v is not None:
-        launch(chunk_backward_readout_kernel, p.chunk_grid(slab),
-            d_output=grad, q=p.q, k=p.k, v=p.v, **p.gate, alpha=p.alpha, beta=p.beta, **x, kv=w.kv.states,
-            kv_units=w.kv.units, dm=w.rows if p.solve else None, dq=out.dq, d_alpha=out.d_alpha, pi=w.pi,
-            scale=p.scale, GROUP=p.group, SOLVE=p.solve, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(),
-            **p.tables, **p.geometry, **p.values, **p.numerics, **p.config.backward_readout.launch_options(),
-        )  # fmt: skip
-    if p.solve:
-        hopper = p.v is not None and _on_hopper(p)
-        launch(chunk_backward_solve_hopper_kernel if hopper else chunk_backward_solve_kernel, p.chunk_grid(slab),
-            dx=grad if p.v is None else w.rows, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate,
-            alpha=p.alpha, beta=p.beta, **x, fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
-            y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
-            pi=w.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(),
-            **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
-        )  # fmt: skip
+    """Stage A2: from dMix, or from dLoss/dx."""
+    hopper = p.v is not None and _on_hopper(p)
+    launch(chunk_backward_solve_hopper_kernel if hopper else chunk_backward_solve_kernel, p.chunk_grid(slab),
+        dx=grad if p.v is None else w.dm, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha,
+        beta=p.beta, **solved.stored_x(), fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
+        y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
+        pi=w.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables,
+        **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
+    )  # fmt: skip
 
 
 def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
@@ -515,61 +524,95 @@ def query_gradient(p: _Problem, dx: Tensor) -> Tensor:
     return (dx - unit * radial) / norm.clamp(min=NORM_EPS)
 
 
-def state_gradients(
-    p: _Problem, slab: _Slab, d_output: Tensor | None, solved: _Solved, d_final: _Pair, d_end: _Pair, d_start: _Pair,
-    w: _Workspace, out: _Gradients,
+def increments(
+    p: _Problem, slab: _Slab, d_output: Tensor | None, solved: _Solved, w: _Workspace, *, through_h: bool = False,
+    through_u: bool = False,
 ) -> None:  # fmt: skip
-    """Stage B: Ω⁺ and Ξ⁺ of every chunk of a slab. What each chunk adds by itself (B1), then the scan over chunks, in
-    place (B2), from ``d_end`` at the slab's end to ``d_start`` at its start."""
+    """Stage B1: what each chunk adds by itself to the gradient of H or of U; and its decay, whatever it adds."""
     config = p.config
     launch(chunk_backward_state_kernel, (*p.chunk_grid(slab), p.block_d // config.increment_columns),
         d_output=d_output, q=p.q, k=p.k, **solved.stored_x(), y=w.y, y_scale=w.y_scale, w_local=w.w_local, **p.gate,
         alpha=p.alpha, beta=p.beta, dkk=w.dkk.states, dkk_units=w.increment_kk_units, dkv=w.dkv.states,
         dkv_units=w.increment_kv_units, decay=w.decay, w_first=w.w_first, scale=p.scale, GROUP=p.group,
-        BLOCK_N=config.increment_columns, THROUGH_H=p.solve, THROUGH_U=p.v is not None,
+        BLOCK_N=config.increment_columns, THROUGH_H=through_h, THROUGH_U=through_u,
         OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.values, **p.numerics,
         **config.backward_state.launch_options(),
     )  # fmt: skip
-    launch(chunk_backward_scan_kernel, (w.pieces.total, p.N * p.H),
-        dkk=w.dkk.states, dkk_units=w.dkk.units, dkv=w.dkv.states, dkv_units=w.dkv.units,
-        increment_kk_units=w.increment_kk_units, increment_kv_units=w.increment_kv_units, decay=w.decay,
-        w_first=w.w_first, kk=w.kk.states if p.solve or w.traces is not None else None, kk_units=w.kk.units,
-        kv=None if w.traces is None else w.kv.states, kv_units=w.kv.units, traces=w.traces, d_final_kk=d_final.kk,
-        d_final_kv=d_final.kv, d_initial_kk=out.d_initial_kk, d_initial_kv=out.d_initial_kv, d_end_kk=d_end.kk,
-        d_end_kv=d_end.kv, d_start_kk=d_start.kk, d_start_kv=d_start.kv, chunk_offsets=p.chunk_offsets,
-        KK_ROWS=w.pieces.kk_rows, KV_ROWS=w.pieces.kv_rows, KK_PIECES=w.pieces.kk, KV_PIECES=w.pieces.kv,
-        **slab.geometry(), **p.geometry, **p.values, **config.backward_scan.launch_options(),
+
+
+def through_values(
+    p: _Problem, slab: _Slab, d_output: Tensor, solved: _Solved, d_final: _Pair, d_end: _Pair, d_start: _Pair,
+    w: _Workspace, out: _Gradients,
+) -> None:  # fmt: skip
+    """Stages B and C through U: Ξ⁺, then dv, and dk as far as it comes this way. Where nothing comes through H, that is
+    all of dk, and dβ and the gate's gradient follow."""
+    increments(p, slab, d_output, solved, w, through_u=True)
+    rows, pieces = scan_pieces(p, p.config.block_v, p.v_pad)
+    launch(chunk_backward_scan_kernel, (pieces, p.N * p.H),
+        states=w.dkv.states, units=w.dkv.units, increment_units=w.increment_kv_units,
+        h=None if w.traces.kv is None else w.kv.states, h_units=w.kv.units, w_first=None, traces=w.traces.kv,
+        d_final=d_final.kv, d_initial=out.d_initial_kv, d_end=d_end.kv, d_start=d_start.kv, R=p.V, ROWS=rows,
+        BLOCK_R=p.config.block_v, R_PAD=p.v_pad, SYMMETRIC=False, **_of_scan(p, slab, w),
+    )  # fmt: skip
+    kernel, config = chunk_backward_value_kernel, p.config.backward_value
+    if p.D == p.V and p.q.dtype == torch.bfloat16 and _aligned(d_output) and _copied_asynchronously(p, solved):
+        kernel, config = chunk_backward_value_hopper_kernel, p.config.backward_value_hopper
+    launch(kernel, p.chunk_grid(slab),
+        d_output=d_output, v=p.v, alpha=p.alpha, dkv=w.dkv.states, dkv_units=w.dkv.units, dv=out.dv, scale=p.scale,
+        traces=w.traces.kv, PIECES=pieces, **_of_tokens(p, slab, solved, w, out), **p.values,
+        **config.launch_options(),
     )  # fmt: skip
 
 
-def token_gradients(
-    p: _Problem, slab: _Slab, d_output: Tensor | None, solved: _Solved, w: _Workspace, out: _Gradients
-) -> None:
-    """Stage C: through U (C1), then through H (C2). Whichever runs last finishes dk, dβ and the gate's gradient."""
+def through_keys(
+    p: _Problem, slab: _Slab, solved: _Solved, d_final: _Pair, d_end: _Pair, d_start: _Pair, w: _Workspace,
+    out: _Gradients,
+) -> None:  # fmt: skip
+    """Stages B and C through H: Ω⁺, then the rest of dk, dβ and the gate's gradient. Without a solve Ω comes from the
+    final state alone."""
+    if p.solve or p.v is None:
+        increments(p, slab, None, solved, w, through_h=p.solve)
+    rows, pieces = scan_pieces(p, p.block_d, p.block_d)
+    launch(chunk_backward_scan_kernel, (pieces, p.N * p.H),
+        states=w.dkk.states, units=w.dkk.units, increment_units=w.increment_kk_units,
+        h=w.kk.states if p.solve or w.traces.kk is not None else None, h_units=w.kk.units, w_first=w.w_first,
+        traces=w.traces.kk, d_final=d_final.kk, d_initial=out.d_initial_kk, d_end=d_end.kk, d_start=d_start.kk, R=p.D,
+        ROWS=rows, BLOCK_R=p.block_d, R_PAD=p.block_d, SYMMETRIC=True, **_of_scan(p, slab, w),
+    )  # fmt: skip
+    kernel, config = chunk_backward_key_kernel, p.config.backward_key
+    if _copied_asynchronously(p, solved):
+        kernel, config = chunk_backward_key_hopper_kernel, p.config.backward_key_hopper
+    launch(kernel, p.chunk_grid(slab),
+        y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
+        dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, traces=w.traces.kk, PIECES=pieces,
+        **_of_tokens(p, slab, solved, w, out), **config.launch_options(),
+    )  # fmt: skip
+
+
+def scan_pieces(p: _Problem, columns: int, all_columns: int) -> tuple[int, int]:
+    """How the scan over chunks divides a gradient of a state among programs: rows of a piece of so many columns, and
+    the number of pieces."""
+    rows = min(p.block_d, p.config.scan_entries // columns)
+    return rows, all_columns // columns * (p.block_d // rows)
+
+
+def _of_scan(p: _Problem, slab: _Slab, w: _Workspace) -> dict[str, Any]:
+    """What the scans of stage B share."""
+    return {
+        "decay": w.decay, "chunk_offsets": p.chunk_offsets, **slab.geometry(), **p.geometry,
+        **p.config.backward_scan.launch_options(),
+    }  # fmt: skip
+
+
+def _of_tokens(p: _Problem, slab: _Slab, solved: _Solved, w: _Workspace, out: _Gradients) -> dict[str, Any]:
+    """What the two kernels of stage C share."""
     first = p.side_by_side * slab.first
-    asynchronous = _copied_asynchronously(p, solved)
-    shared = {
-        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": w.pi, "dk_u": w.dk_u(),
-        "dk_u_units": w.dk_u_units, "m_u": w.m_u, "j_u": w.j_u, "traces": w.traces, "PIECES": w.pieces.total,
+    return {
+        "q": p.q, "k": p.k, **p.gate, "beta": p.beta, **solved.stored_x(), "pi": w.pi, "dk_u": w.dk_u,
+        "dk_u_units": w.dk_u_units, "ROW_U": 0 if w.dk_u is None else w.dk_u.shape[-1], "m_u": w.m_u, "j_u": w.j_u,
         "dk": out.dk, **out.of_gate(slice(first, first + p.chunks(slab))), "GROUP": p.group, "SOLVE": p.solve,
         "OPERAND": _TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.geometry, **p.numerics,
     }  # fmt: skip
-    if p.v is not None:
-        kernel, config = chunk_backward_value_kernel, p.config.backward_value
-        if asynchronous and p.D == p.V and p.q.dtype == torch.bfloat16 and _aligned(d_output):
-            kernel, config = chunk_backward_value_hopper_kernel, p.config.backward_value_hopper
-        launch(kernel, p.chunk_grid(slab),
-            d_output=d_output, v=p.v, alpha=p.alpha, dkv=w.dkv.states, dkv_units=w.dkv.units, dv=out.dv, scale=p.scale,
-            **shared, **p.values, **config.launch_options(),
-        )  # fmt: skip
-    if w.dkk.states is not None:
-        kernel, config = chunk_backward_key_kernel, p.config.backward_key
-        if asynchronous:
-            kernel, config = chunk_backward_key_hopper_kernel, p.config.backward_key_hopper
-        launch(kernel, p.chunk_grid(slab),
-            y=w.y, y_scale=w.y_scale, w_local=w.w_local, kk=w.kk.states, kk_units=w.kk.units, dkk=w.dkk.states,
-            dkk_units=w.dkk.units, BLOCK_S=p.config.block_s, **shared, **config.launch_options(),
-        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- operators
@@ -633,14 +676,13 @@ def _backward(
     ``solved`` and ``boundaries`` are what the forward saved; what is missing of them is computed anew.
     """
     grad, d_final = grad.contiguous(), _Pair(*map(_contiguous, d_final))
-    d_output = None if p.v is None else grad
     through_h = p.solve or d_final.kk is not None
     with _on_device(p.q):
         out = new_gradients(p, through_h)
         if p.v is None and not p.solve:  # x = q
             out.dq.copy_(query_gradient(p, grad))
         if through_h or p.v is not None:
-            w = new_workspace(p, through_h)
+            w = new_workspace(p, through_h, out.dk)
             if p.v is None and not p.solve:
                 w.pi.zero_()
             if not p.solve:
@@ -656,9 +698,17 @@ def _backward(
                 chunk_states(p, slab, through_h, w.kk, w.kv, carry=boundaries.at(i))
                 if solves_again:
                     solve(p, slab, w.kk, solved)
-                adjoint_solve(p, slab, grad, solved, w, out)
-                state_gradients(p, slab, d_output, solved, d_final, carried[i % 2], carried[(i + 1) % 2], w, out)
-                token_gradients(p, slab, d_output, solved, w, out)
+                d_end, d_start = carried[i % 2], carried[(i + 1) % 2]
+                if p.v is not None:
+                    if not p.solve:  # dq itself, and π, which is needed at once where nothing comes through H
+                        read_out_gradient(p, slab, grad, solved, w, out)
+                    through_values(p, slab, grad, solved, d_final, d_end, d_start, w, out)
+                    if p.solve:  # dMix, in the place of Ξ⁺
+                        read_out_gradient(p, slab, grad, solved, w, out)
+                if p.solve:
+                    adjoint_solve(p, slab, grad, solved, w, out)
+                if through_h:
+                    through_keys(p, slab, solved, d_final, d_end, d_start, w, out)
         else:  # nothing flows into the state: keys and gates have no part in it
             for tensor in (out.dk, out.d_log_decay, out.d_beta):
                 if tensor is not None:

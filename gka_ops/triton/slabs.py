@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 TOKENS = 64  # every chunk size divides it
-PROGRAMS = 2048
-"""(TOKENS tokens, head) pairs of a slab: on 132 multiprocessors with two programs each, 7.8 rounds."""
+PROGRAMS = 4352
+"""The most (TOKENS tokens, head) pairs of a slab, unless it would be too short: on 132 multiprocessors with two
+programs each, 16.5 rounds. The sixteenth above 4096 is for packed batches, whose chunks are counted upwards."""
 
 LEAST_CHUNKS = 16
 """The least length of a slab in units of TOKENS: the passes that walk a sequence should have something to walk."""

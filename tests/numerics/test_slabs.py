@@ -170,17 +170,18 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_number_of_slabs() -> None:
-    assert slabs.slab_count(2, 8192, 32) == 4
-    assert slabs.slab_count(2, 8192, 32, solve=False) == 2
-    assert slabs.slab_count(1, 131072, 32) == 32
-    assert slabs.slab_count(2, 2048, 32) == 1
+    assert slabs.slab_count(2, 8192, 32) == 2
+    assert slabs.slab_count(2, 8192, 32, solve=False) == 1
+    assert slabs.slab_count(1, 131072, 32) == 16
+    assert slabs.slab_count(2, 4096, 32) == 1
     assert slabs.slab_count(256, 2048, 32) == 2  # slabs are never shorter than LEAST_CHUNKS
     assert slabs.slab_count(0, 8, 2) == slabs.slab_count(1, 0, 2, 3) == 1
-    assert slabs.slab_count(1, 16384, 32, sequences=8) == 5  # the chunks of a packed batch are counted upwards
+    assert slabs.slab_count(1, 16384, 32, sequences=16) == 2  # the chunks of a packed batch are counted upwards
+    assert slabs.slab_count(1, 16384, 32, sequences=17) == 3
 
 
 @pytest.mark.parametrize(("chunk", "T", "N"), list(itertools.product((16, 32), (1, 63, 1000, 9000), (1, 2, 40))))
 def test_smaller_chunks_make_no_more_slabs(chunk: int, T: int, N: int) -> None:
-    count = slabs.slab_count(1, T, 256, N)
+    count = slabs.slab_count(1, T, 512, N)
     in_slab = slabs.LEAST_CHUNKS * slabs.TOKENS // chunk
     assert -(-(T // chunk + N) // in_slab) <= count

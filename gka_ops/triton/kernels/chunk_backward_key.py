@@ -44,11 +44,12 @@ def chunk_backward_key_kernel(
     kk_units,  # [chunks, H] fp32
     dkk,  # Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]
     dkk_units,  # [chunks, H] fp32
-    dk_u,  # [chunks, H, C, D] operand dtype, row-scaled: the effective key's gradient through U, over β, or None
+    dk_u,  # [tokens, H, ROW_U] operand dtype, row-scaled, in the place of dk: the effective key's gradient through
+    # U, over β, in the first D of ROW_U columns; or None
     dk_u_units,  # [tokens, H] fp32, with dk_u
     m_u,  # [tokens, H] fp32: v·dv / β², with dk_u
-    j_u,  # [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
-    traces,  # [chunks, H, PIECES] fp32: <Ω⁺, H_c> + <Ξ⁺, U_c> in pieces, or None
+    j_u,  # [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
+    traces,  # [chunks, H, PIECES] fp32: <Ω⁺, H_c> in pieces, or None
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
     d_beta,  # out [tokens, H] or None
@@ -65,6 +66,7 @@ def chunk_backward_key_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROW_U: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     C: tl.constexpr,
@@ -179,7 +181,7 @@ def chunk_backward_key_kernel(
 
     m_v = tl.zeros((C,), tl.float32)
     if dk_u is not None:
-        b_dk_u = load_tile(dk_u + i_state * C * D, o_r, o_d, D, D, BLOCK_D)
+        b_dk_u = load_tile(dk_u + first * ROW_U, o_r, o_d, H * ROW_U, D, BLOCK_D)
         weight_u = pinned(load_scalars(dk_u_units, o_row, m_t, 0.0))
         m_v += pinned(load_scalars(m_u, o_row, m_t, 0.0))
         j_next += tl.load(j_u + i_state)
@@ -197,4 +199,7 @@ def chunk_backward_key_kernel(
     )  # fmt: skip
     if dk_u is not None:
         b_dk += b_dk_u.to(tl.float32) * weight_u[:, None]
+        if ROW_U != D:  # rows of dk and of dk_u share places, but not element by element
+            tl.debug_barrier()
+    o_r = pinned(o_r)  # so that addresses are formed anew rather than kept from the first loads
     store_tile(dk + first * D, b_dk * weight[:, None], o_r, m_t, o_d, H * D, D, BLOCK_D)

@@ -77,6 +77,7 @@ def chunk_backward_key_hopper_kernel(
     GROUP: gl.constexpr,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
+    ROW_U: gl.constexpr,
     PIECES: gl.constexpr,
     BLOCK_S: gl.constexpr,
     C: gl.constexpr,
@@ -204,7 +205,7 @@ def chunk_backward_key_hopper_kernel(
     tl.debug_barrier()
     s_u = s_h._reinterpret(OPERAND, [BLOCK_D // C, C, BLOCK_D], S_TILE).index(0)
     s_scores = s_h._reinterpret(OPERAND, [BLOCK_D * BLOCK_D // (C * C), C, C], S_SCORES)
-    copy_rows(s_u, dk_u + i_state * C * D, o_r, o_d, D)
+    copy_rows(s_u, dk_u + first * ROW_U, o_r, o_d, H * ROW_U)
     s_k_h_k = sums_of_rows(b_kh * s_k.load(M_R).to(gl.float32), WARPS)
     b_dk += b_kh * s_of_h.load(ROWS)[:, None]
     tl.debug_barrier()

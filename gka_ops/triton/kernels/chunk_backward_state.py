@@ -71,7 +71,7 @@ def chunk_backward_state_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program does one chunk of one query head, BLOCK_N columns of the first and its share of the second:
+    """One program does one chunk of one query head, BLOCK_N columns of ΔΩ or its share of ΔΞ:
 
     ΔΩ = w_0 H_c + Kᵀ diag(γ w) K − sym(Xᵀ diag(γ) Y),   ΔΞ = s Mixᵀ diag(γ) dO
     """
@@ -195,20 +195,44 @@ def load_increment(
     return b_delta, unit_delta, b_h, unit_h, w_0, gamma_end
 
 
-@triton.jit
-def scan_sequence(
-    states, units, increment_units, decay, h, h_units, w_first, traces, d_final, d_initial, d_end, d_start, cu_seqlens,
-    chunk_offsets, slab_first, slab_chunks, T, H, i_row, i_r, i_piece, i_nh, D: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, R_PAD: tl.constexpr, PIECES: tl.constexpr,
-    C: tl.constexpr, SYMMETRIC: tl.constexpr,
-):  # fmt: skip
-    """Rows ``i_row`` of column block ``i_r`` of the gradient S [BLOCK_D, R_PAD]: S⁻ = γ_C S⁺ + ΔS.
+@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
+def chunk_backward_scan_kernel(
+    states,  # in ΔS, out S⁺ [chunks, H, BLOCK_D, R_PAD]: of H (ΔΩ − w_0 H_c, Ω⁺) or of U (ΔΞ, Ξ⁺)
+    units,  # out [chunks, H, R_PAD / BLOCK_R] fp32
+    increment_units,  # [chunks, H, R_PAD / BLOCK_R] fp32, or None: the gradient comes from the final state alone
+    decay,  # [chunks, H] fp32: γ_C
+    h,  # H_c or U_c [chunks, H, BLOCK_D, R_PAD]; read with w_first or traces
+    h_units,  # [chunks, H, R_PAD / BLOCK_R] fp32
+    w_first,  # [chunks, H] fp32: w_0, with ΔΩ, or None
+    traces,  # out [chunks, H, pieces] fp32: every piece's share of <S⁺, H_c>, or None
+    d_final,  # [N, H, D, R] fp32 or None
+    d_initial,  # out [N, H, D, R] fp32 or None
+    d_end,  # [N or 1, H, D, R] fp32: gradient at the slab's end of sequences that go on, or None: all end here
+    d_start,  # out [N or 1, H, D, R] fp32: gradient at its start of sequences that began before, or None
+    cu_seqlens,
+    chunk_offsets,
+    slab_first,
+    slab_chunks,
+    T,
+    H,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    C: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+):
+    """One program walks one sequence and query head backwards with ROWS rows of a column block of the gradient S
+    [BLOCK_D, R_PAD]; all pieces run side by side: S⁻ = γ_C S⁺ + ΔS.
 
     ΔS is what ``states`` holds in units of ``increment_units`` (nothing where they are None), plus w_0 H_c where
-    ``w_first`` is given. S⁺ takes its place, and the piece's share of <S⁺, H_c> goes to ``traces``. The first S⁺ comes
-    from the final state, or from the later slab (``d_end``); the last S⁻ belongs to the initial state, or to the
-    earlier slab (``d_start``).
+    ``w_first`` is given. S⁺ takes its place. The first S⁺ comes from the final state, or from the later slab
+    (``d_end``); the last S⁻ belongs to the initial state, or to the earlier slab (``d_start``).
     """
+    i_piece, i_nh = tl.program_id(0), tl.program_id(1)
+    i_row, i_r = i_piece % (BLOCK_D // ROWS), i_piece // (BLOCK_D // ROWS)
     i_h = i_nh % H
     _, _, _, place, n_chunks = sequence_bounds(i_nh, T, H, cu_seqlens, chunk_offsets, slab_first, slab_chunks, C)
     begins, enters, ends, leaves, i_carry = sequence_ends(
@@ -234,25 +258,21 @@ def scan_sequence(
             b_s += tl.load(d_end + p_carry + p_state, mask=m_state, other=0.0)
             bound = largest_entry(d_end + p_carry, R, tl.arange(0, BLOCK_D), D, BLOCK_D, 16, R_PAD // 16)
 
-    # A chunk ahead: what is read next is on its way while this chunk waits for its own. Without it the programs of a
-    # card fall into a rhythm in which memory runs at a third of its rate.
+    # Three chunks ahead, through shared memory: a tile carried in registers is taken apart, and so waited for, in the
+    # step that loads it. Without reading ahead the programs of a card fall into a rhythm in which memory runs at a
+    # third of its rate.
     i_first = place.to(tl.int64) * H + i_h
-    i_state = tl.maximum(i_first + (n_chunks - 1) * H, i_first)
-    increment = load_increment(
-        states, increment_units, decay, h, h_units, w_first, o_stored, i_state, i_r, BLOCK_D, BLOCK_R, R_PAD
-    )
-    for _ in range(n_chunks):
-        i_next = tl.maximum(i_state - H, i_first)
-        increment_next = load_increment(
-            states, increment_units, decay, h, h_units, w_first, o_stored, i_next, i_r, BLOCK_D, BLOCK_R, R_PAD
+    for i in tl.range(n_chunks, num_stages=4):
+        i_state = i_first + (n_chunks - 1 - i) * H
+        b_delta, unit_delta, b_h, unit_h, w_0, gamma_end = load_increment(
+            states, increment_units, decay, h, h_units, w_first, o_stored, i_state, i_r, BLOCK_D, BLOCK_R, R_PAD
         )
         unit, inverse = state_unit(bound)
         tl.store(states + i_state * BLOCK_D * R_PAD + o_stored, (b_s * inverse).to(states.dtype.element_ty))
         tl.store(units + i_state * (R_PAD // BLOCK_R) + i_r, unit, mask=i_row == 0)
-        b_delta, unit_delta, b_h, unit_h, w_0, gamma_end = increment
         if traces is not None:
             trace = tl.sum(tl.sum(b_s * b_h.to(tl.float32), axis=1), axis=0)
-            tl.store(traces + i_state * PIECES + i_piece, unit_h * trace)
+            tl.store(traces + i_state * tl.num_programs(0) + i_piece, unit_h * trace)
         b_s *= gamma_end
         bound *= gamma_end
         if increment_units is not None:  # stored entries are at most 8
@@ -261,69 +281,7 @@ def scan_sequence(
         if w_first is not None:
             b_s += b_h.to(tl.float32) * (w_0 * unit_h)
             bound += 8 * tl.abs(w_0 * unit_h)
-        increment = increment_next
-        i_state = i_next
     if d_initial is not None:
         tl.store(d_initial + p_nh + p_state, b_s, mask=m_state & begins)
     if d_start is not None:
         tl.store(d_start + p_carry + p_state, b_s, mask=m_state & enters)
-
-
-@triton.jit(do_not_specialize=["T", "slab_first", "slab_chunks"])
-def chunk_backward_scan_kernel(
-    dkk,  # in ΔΩ − w_0 H_c, out Ω⁺ [chunks, H, BLOCK_D, BLOCK_D]; written if KK_PIECES
-    dkk_units,  # out [chunks, H] fp32
-    dkv,  # in ΔΞ, out Ξ⁺ [chunks, H, BLOCK_D, V_PAD]; written if KV_PIECES
-    dkv_units,  # out [chunks, H, V_PAD / BLOCK_V] fp32
-    increment_kk_units,  # [chunks, H] fp32 or None: Ω has no increments, its gradient comes from the final state alone
-    increment_kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
-    decay,  # [chunks, H] fp32: γ_C
-    w_first,  # [chunks, H] fp32: w_0; read with increment_kk_units
-    kk,  # H_c [chunks, H, BLOCK_D, BLOCK_D]; read with increment_kk_units or traces
-    kk_units,  # [chunks, H] fp32
-    kv,  # U_c [chunks, H, BLOCK_D, V_PAD]; read with traces
-    kv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
-    traces,  # out [chunks, H, KK_PIECES + KV_PIECES] fp32: every piece's share of <Ω⁺, H_c> + <Ξ⁺, U_c>, or None
-    d_final_kk,  # [N, H, D, D] fp32 or None
-    d_final_kv,  # [N, H, D, V] fp32 or None
-    d_initial_kk,  # out [N, H, D, D] fp32 or None
-    d_initial_kv,  # out [N, H, D, V] fp32 or None
-    d_end_kk,  # [N or 1, H, D, D] fp32: gradient at the slab's end of sequences that go on, or None: all end here
-    d_end_kv,  # [N or 1, H, D, V] fp32 or None
-    d_start_kk,  # out [N or 1, H, D, D] fp32: gradient at its start of sequences that began before, or None
-    d_start_kv,  # out [N or 1, H, D, V] fp32 or None
-    cu_seqlens,
-    chunk_offsets,
-    slab_first,
-    slab_chunks,
-    T,
-    H,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    V_PAD: tl.constexpr,
-    KK_ROWS: tl.constexpr,  # rows of Ω that one program holds
-    KV_ROWS: tl.constexpr,  # rows of a column block of Ξ that one program holds
-    KK_PIECES: tl.constexpr,  # BLOCK_D / KK_ROWS, or 0 to leave Ω out
-    KV_PIECES: tl.constexpr,  # V_PAD / BLOCK_V · BLOCK_D / KV_ROWS, or 0 to leave Ξ out
-    C: tl.constexpr,
-):
-    """One program walks one sequence and query head backwards with one piece of Ω or of Ξ; all run side by side."""
-    i, i_nh = tl.program_id(0), tl.program_id(1)
-    if KK_PIECES > 0:
-        if i < KK_PIECES:
-            scan_sequence(
-                dkk, dkk_units, increment_kk_units, decay, kk, kk_units, w_first, traces, d_final_kk, d_initial_kk,
-                d_end_kk, d_start_kk, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H, i, 0, i, i_nh, D, D,
-                BLOCK_D, KK_ROWS, BLOCK_D, BLOCK_D, KK_PIECES + KV_PIECES, C, True,
-            )  # fmt: skip
-    if KV_PIECES > 0:
-        if i >= KK_PIECES:
-            i_piece = i - KK_PIECES
-            scan_sequence(
-                dkv, dkv_units, increment_kv_units, decay, kv, kv_units, None, traces, d_final_kv, d_initial_kv,
-                d_end_kv, d_start_kv, cu_seqlens, chunk_offsets, slab_first, slab_chunks, T, H,
-                i_piece % (BLOCK_D // KV_ROWS), i_piece // (BLOCK_D // KV_ROWS), i, i_nh, D, V, BLOCK_D, KV_ROWS,
-                BLOCK_V, V_PAD, KK_PIECES + KV_PIECES, C, False,
-            )  # fmt: skip

@@ -43,12 +43,12 @@ def chunk_backward_value_kernel(
     dkv,  # Ξ⁺ [chunks, H, BLOCK_D, V_PAD]
     dkv_units,  # [chunks, H, V_PAD / BLOCK_V] fp32
     dv,  # out [tokens, H, V], per query head
-    dk_u,  # out [chunks, H, C, D] operand dtype, row-scaled: the effective key's gradient through U, over β; or None:
-    # none through H follows
+    dk_u,  # out [tokens, H, ROW_U] operand dtype, row-scaled, in the place of dk: the effective key's gradient through
+    # U, over β, in the first D of ROW_U columns; or None: none through H follows
     dk_u_units,  # out [tokens, H] fp32, with dk_u
     m_u,  # out [tokens, H] fp32: v·dv / β², with dk_u
-    j_u,  # out [chunks, H] fp32: <Ξ⁺, Kᵀ diag(τ) V>, with dk_u
-    traces,  # [chunks, H, PIECES] fp32: <Ξ⁺, U_c> in pieces, or None; read without dk_u
+    j_u,  # out [chunks, H] fp32: <Ξ⁺, U_end>, with dk_u
+    traces,  # [chunks, H, PIECES] fp32: <Ξ⁺, U_c> in pieces, or None: J⁺ is not wanted
     pi,  # [tokens, H] fp32
     dk,  # out [tokens, H, D], per query head
     d_beta,  # out [tokens, H] or None
@@ -69,6 +69,7 @@ def chunk_backward_value_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_PAD: tl.constexpr,
+    ROW_U: tl.constexpr,
     PIECES: tl.constexpr,
     C: tl.constexpr,
     SOLVE: tl.constexpr,
@@ -149,6 +150,8 @@ def chunk_backward_value_kernel(
     m_next = nu * tl.sum(b_dk * b_k.to(tl.float32), axis=1)
     b_m += m_next
     j_next = tl.sum(b_beta * b_beta * m_next, axis=0)
+    if traces is not None:  # J⁺'s part through U
+        j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)
 
     mix_q = pinned(mix_q)  # anew, as is Mᵀ: their columns would not fit the registers next to the loop
     bound = tl.abs(mix_q)
@@ -168,13 +171,12 @@ def chunk_backward_value_kernel(
 
     if dk_u is not None:
         b_dk, unit = scale_rows(b_dk)
-        store_tile(dk_u + i_state * C * D, b_dk, o_r, m_t, o_d, D, D, BLOCK_D)
+        o_r = pinned(o_r)  # so that addresses are formed anew rather than kept from the first loads
+        store_tile(dk_u + first * ROW_U, b_dk, o_r, m_t, o_d, H * ROW_U, D, BLOCK_D)
         tl.store(dk_u_units + o_row, unit, mask=m_t)
         tl.store(m_u + o_row, b_m, mask=m_t)
         tl.store(j_u + i_state, j_next)
     else:
-        if traces is not None:
-            j_next += tl.exp(c_end) * sum_of_pieces(traces, i_state, PIECES)  # J⁺ = <Ξ⁺, U_end>
         store_gate_gradients(
             b_m, load_scalars(pi, o_row, m_t, 0.0), j_next, b_beta, b_g, d_beta, d_log_decay, d_A_log, d_dt_bias,
             log_decay, A_log, dt_bias, o_row, m_t, i_h, i_state, MIN_LOG_DECAY,

@@ -1,5 +1,6 @@
 """chunk_backward_value_kernel for Hopper with bf16 inputs and a solve, in Gluon: see chunk_backward_key_hopper.py."""
 
+import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -75,6 +76,7 @@ def chunk_backward_value_hopper_kernel(
     BLOCK_D: gl.constexpr,
     BLOCK_V: gl.constexpr,
     V_PAD: gl.constexpr,
+    ROW_U: gl.constexpr,
     PIECES: gl.constexpr,
     C: gl.constexpr,
     SOLVE: gl.constexpr,
@@ -129,6 +131,9 @@ def chunk_backward_value_hopper_kernel(
     copy_rows(s_w, x + first * D, o_r, o_v, H * D)
     copy_rows(s_xi, dkv + i_state * BLOCK_D * V_PAD, o_s, o_v, V_PAD)
     copy_rows(s_do, d_output + first * V, o_r, o_v, H * V)
+    if traces is not None:
+        o_p = gl.arange(0, triton.next_power_of_2(PIECES), TOKENS)
+        pieces = gl.load(traces + i_state * PIECES + o_p, mask=o_p < PIECES, other=0.0)
     tl.debug_barrier()  # without one, ptxas puts the copies behind the first wait for these loads
     b_k = load_tile(k + first_kv * D, o_r, o_v, H // GROUP * D, D, BLOCK_D)
     b_q = load_tile(q + first * D, o_r, o_v, H * D, D, BLOCK_D)
@@ -155,7 +160,11 @@ def chunk_backward_value_hopper_kernel(
         b_g = s_gate.index(0).load(TOKENS)
     b_g = effective_log_decay(b_g, A_log, dt_bias, m_t, i_h, MIN_LOG_DECAY)
     b_c = tl.cumsum(b_g, axis=0)
-    tau = gl.exp(gl.sum(b_g, axis=0) - b_c)
+    c_end = gl.sum(b_g, axis=0)
+    tau = gl.exp(c_end - b_c)
+    j_next = 0.0  # J⁺'s part through U
+    if traces is not None:
+        j_next += gl.exp(c_end) * gl.sum(pieces, axis=0)
     b_beta = gl.full([C], 1.0, gl.float32, TOKENS)
     if beta is not None:
         b_beta = s_gate.index(1).load(TOKENS)
@@ -227,7 +236,7 @@ def chunk_backward_value_hopper_kernel(
     nu = gl.where(m_t, s_nu.load(TOKENS), 0.0)
     m_next = nu * s_tau.load(TOKENS) * load_sums(s_next, TOKENS)
     gl.store(m_u + o_row, nu * load_sums(s_pairs, TOKENS) + m_next, mask=m_t)
-    gl.store(j_u + i_state, gl.sum(s_square.load(TOKENS) * m_next, axis=0))
+    gl.store(j_u + i_state, j_next + gl.sum(s_square.load(TOKENS) * m_next, axis=0))
     m_t, o_row, o_r = places(start, end, i_h, H, C, TILE_ROWS)
     b_dv, s_hi, s_do = warpgroup_mma_wait(2, [b_dv, s_hi, s_do])  # theirs until now
     tl.debug_barrier()
@@ -239,6 +248,6 @@ def chunk_backward_value_hopper_kernel(
     tl.debug_barrier()
     unit_dk = pow2_floor(load_largest(s_largest, ROWS))
     b_dk = gl.convert_layout((b_dk * pow2_inverse(unit_dk)[:, None]).to(OPERAND), TILE)
-    store_tile(dk_u + i_state * C * D, b_dk, o_r, m_t, o_v, D, D, BLOCK_D)
+    store_tile(dk_u + first * ROW_U, b_dk, o_r, m_t, o_v, H * ROW_U, D, BLOCK_D)
     unit_dk = pow2_floor(load_largest(s_largest, TILE_ROWS))
     gl.store(dk_u_units + o_row, unit_dk * s_unit.load(TILE_ROWS), mask=m_t)

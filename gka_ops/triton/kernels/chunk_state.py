@@ -132,15 +132,15 @@ def walk_sequence(
             bound = largest_entry(carry + p_carry, R, o_d, D, BLOCK_D, BLOCK_R, R_PAD // BLOCK_R)
             unit, inverse = fine_unit(bound)
             b_state += tl.load(carry + p_carry + p_state, mask=m_state, other=0.0) * inverse
+    if boundary is not None:
+        if (number % boundary_chunks == 0) & (n_chunks > 0):
+            i_boundary = (number // boundary_chunks).to(tl.int64) * boundary_stride
+            tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
     for i_c in range(n_chunks):
         first = start + i_c * C
         b_k, b_r, g_0, g_1, beta_0, beta_1 = load_chunk(
             k, r, log_decay, beta, first, end, H, GROUP, i_h, o_d, o_r, D, R, BLOCK_D, R_PAD, C, SAME_ROWS
         )
-        if boundary is not None:
-            if (number + i_c) % boundary_chunks == 0:
-                i_boundary = ((number + i_c) // boundary_chunks).to(tl.int64) * boundary_stride
-                tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
         if states is not None:
             i_state = (place + i_c).to(tl.int64) * H + i_h
             tl.store(states + i_state * BLOCK_D * R_PAD + p_stored, (b_state * FINE).to(OPERAND))
@@ -155,6 +155,11 @@ def walk_sequence(
             SAME_ROWS, QK_L2NORM, NORM_EPS, MIN_LOG_DECAY,
         )  # fmt: skip
         b_state = tl.dot(tl.trans(b_left), b_right, b_state * factor, input_precision=PRECISION)
+        if boundary is not None:
+            next_number = number + i_c + 1
+            if (next_number % boundary_chunks == 0) & (i_c + 1 < n_chunks):
+                i_boundary = (next_number // boundary_chunks).to(tl.int64) * boundary_stride
+                tl.store(boundary + i_boundary + p_carry + p_state, b_state * unit, mask=m_state)
     if final is not None:
         tl.store(final + p_nh + p_state, b_state * unit, mask=m_state & ends)
 
