@@ -24,6 +24,7 @@ mkdir -p "$logs"
 tests=tests/gpu/test_kernels.py
 declare -A groups=(
     [dense]="$tests::test_options[decay_gate-torch.bfloat16]"
+    [dimension_128]="$tests::test_options_at_head_dimension_128[decay_gate]"
     [fp32]="$tests::test_options[token_ridge-torch.float32]"
     [packed]="$tests::test_options[packed-torch.bfloat16]"
     [dimensions]="$tests::test_other_head_dimensions[80-48]"

@@ -82,9 +82,15 @@ def dot_onto(b_acc, b_x, b_y, PRECISION: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------------------- geometry
 @triton.jit
-def chunk_and_head(H):
-    """Program -> (chunk, query head). Heads vary fastest: programs that run side by side read whole rows of tokens."""
+def chunk_and_head(H, FROM_LAST: tl.constexpr = False):
+    """Program -> (chunk, query head). Heads vary fastest: programs that run side by side read whole rows of tokens.
+
+    Programs start about in the order of their numbers. A kernel goes through the chunks from the last to the first
+    where the one before it came to the last ones last, for these are in L2 still.
+    """
     i = tl.program_id(0)
+    if FROM_LAST:
+        i = tl.num_programs(0) - 1 - i
     return i // H, i % H
 
 

@@ -65,7 +65,7 @@ def chunk_backward_readout_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program does one chunk of one query head: dMix = s [diag(γ) dO U_cᵀ + (M ∘ dO Vᵀ) K]."""
-    i_c, i_h = chunk_and_head(H)
+    i_c, i_h = chunk_and_head(H, FROM_LAST=True)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return

@@ -63,7 +63,7 @@ def chunk_readout_kernel(
     Mix is never formed: it is weight_q·q̂ + weight_x·x̂, and its part along q may be far too large to be rounded
     together with the part that the keys see.
     """
-    i_c, i_h = chunk_and_head(H)
+    i_c, i_h = chunk_and_head(H, FROM_LAST=x is None)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return

@@ -69,7 +69,7 @@ def chunk_solve_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program does one chunk of one query head: x_t = (H_t + λ_t I)⁻¹ q_t of its tokens."""
-    i_c, i_h = chunk_and_head(H)
+    i_c, i_h = chunk_and_head(H, FROM_LAST=True)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return

@@ -82,7 +82,7 @@ def chunk_solve_hopper_kernel(
     OPERAND: gl.constexpr,
     PRECISION: gl.constexpr,
 ):
-    i_c, i_h = chunk_and_head(H)
+    i_c, i_h = chunk_and_head(H, FROM_LAST=True)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:
         return
