@@ -107,9 +107,9 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         state=KernelConfig(num_warps=8 if max(padded_d, padded_v) > 64 else 4, num_stages=3),
         solve=KernelConfig(num_warps=warps, num_stages=1),
         readout=KernelConfig(
-            num_warps=warps,
+            num_warps=warps if is_fp32 else 4,
             num_stages=1,
-            max_registers=168 if warps == 4 and not is_fp32 else None,  # three programs a multiprocessor
+            max_registers=168 if padded_d <= 128 and not is_fp32 else None,  # three programs a multiprocessor
         ),
         backward_readout=KernelConfig(
             num_warps=gradient_warps,
