@@ -16,6 +16,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= gpu,demo,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+SHARDS ?=
 
 RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
@@ -46,7 +47,7 @@ perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performan
 	$(RUN) -m perf.bars --json build/perf/bars.json
 
 sanitize: $(STAMP) ## run compute-sanitizer over a few small tests of every kernel (CUDA card; see CONTRIBUTING.md)
-	tools/sanitize.sh $(RUN)
+	SHARDS=$(SHARDS) tools/sanitize.sh $(RUN)
 
 # torch comes first and by its exact version, so that no later requirement makes pip choose another build of it. The package
 # is built with the pinned setuptools (no build isolation).

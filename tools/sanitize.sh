@@ -3,6 +3,7 @@
 # sequences, grouped heads, V != D, 16-bit and fp32 operands, without a solve, and decode. Needs a CUDA card.
 #
 #   tools/sanitize.sh [PYTHON]      COMPUTE_SANITIZER=/path/to/compute-sanitizer   LOGS=build/sanitize
+#   SHARDS=12 tools/sanitize.sh     all tests of the kernels, in so many processes at once
 #
 # PyTorch's caching allocator is off, for it hands out parts of large blocks, whose neighbours an out-of-bounds access would
 # hit unseen. Only our own kernels are instrumented. racecheck sees shared memory only.
@@ -33,14 +34,22 @@ declare -A groups=(
     [no_solve]="$tests::test_without_solve[True-torch.bfloat16]"
     [decode]="$tests::test_decode_continues_a_prefill"
 )
+if [ -n "${SHARDS:-}" ]; then
+    groups=()
+    mapfile -t all < <("$python" -m pytest --collect-only -q -p no:cacheprovider $tests | grep '::')
+    for i in "${!all[@]}"; do # a test a line
+        groups[shard_$((i % SHARDS))]+="${all[$i]}"$'\n'
+    done
+fi
 
 # A test that was skipped or renamed is not taken for a clean one.
 run_all() { # NAME COMMAND...: every group at once; fails if one does
-    local name=$1 group pid failed=0
+    local name=$1 group pid failed=0 ids
     shift
     declare -A pids=()
     for group in "${!groups[@]}"; do
-        "$@" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${groups[$group]}" >"$logs/$name-$group.log" 2>&1 &
+        mapfile -t ids < <(printf '%s\n' "${groups[$group]}" | grep .)
+        "$@" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${ids[@]}" >"$logs/$name-$group.log" 2>&1 &
         pids[$group]=$!
     done
     for group in "${!pids[@]}"; do
