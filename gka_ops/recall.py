@@ -42,7 +42,8 @@ class Recall:
 
     Calls are alike if the arguments' types are the same, those that are no tensors are equal, and the tensors have the
     same sizes, strides, dtypes, devices, dispatch keys and need of a gradient. For tensors that is decided by what
-    ``torch.compile`` guards its graphs with, many times faster than by a key made of them. No tensor is held.
+    ``torch.compile`` guards its graphs with, many times faster than by a key made of them. No tensor is held. A call
+    that gives one tensor twice, or a tuple, is not kept.
 
     A value is found only where one was kept, so types are compared before anything else: True is not 1 here, and a
     fake tensor not a tensor. Entries are replaced as a whole: threads need no lock.
@@ -68,6 +69,10 @@ class Recall:
         types = tuple(map(type, args))
         tensors = [i for i, kind in enumerate(types) if issubclass(kind, Tensor)]
         if any(types[i] not in _PLAIN for i in tensors):
+            return
+        if any(issubclass(kind, tuple) for kind in types):  # it may hold tensors, which do not compare
+            return
+        if len({id(args[i]) for i in tensors}) < len(tensors):  # no call with a tensor given twice is found
             return
         others_of, tensors_of = _selects([i for i in range(len(args)) if i not in tensors]), _selects(tensors)
         guards = _TensorGuards(

@@ -71,6 +71,35 @@ def test_bounded_and_holds_no_tensor(recall: Recall) -> None:
     assert len(recall._entries) == _MAX_ENTRIES
 
 
+def test_calls_that_are_never_found_displace_none(recall: Recall) -> None:
+    tensor = torch.randn(2, 3)
+    for args in ((tensor, tensor, 1), (tensor, (tensor, None), 1)):
+        for _ in range(_MAX_ENTRIES):
+            recall.keep(args, "found?")
+            assert recall.find(args) is None
+    assert recall.find((tensor, None, 1, True)) is not None
+
+
+def test_tuples_of_other_types() -> None:
+    """Those that the public functions take apart are of the exact types; others are checked each time."""
+
+    class State(GKAState):
+        pass
+
+    class Scale(Ridge):
+        pass
+
+    class Gate(DecayGate):
+        pass
+
+    for _ in range(3):
+        q, k, v = (torch.randn(1, 2, 2, 4) for _ in range(3))
+        state = State(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
+        options: dict[str, Any] = {"ridge": Scale(torch.ones(2)), "gate": Gate(torch.ones(2)), "num_iter": 1}
+        gka_ops.chunk_gka(q, k, v, -torch.rand(1, 2, 2), **options, initial_state=state)
+        gka_ops.recurrent_gka(q, k, v, -torch.rand(1, 2, 2), **options, state=state)
+
+
 def test_under_vmap_is_another_call(recall: Recall) -> None:
     found = []
 
@@ -83,6 +112,12 @@ def test_under_vmap_is_another_call(recall: Recall) -> None:
 
 
 ONE = torch.ones(2)
+
+
+def tokens(T: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(1, T, 2, 4), torch.randn(1, T, 2, 4), torch.randn(1, T, 2, 4)
+
+
 BAD: dict[str, dict[str, Any]] = {
     "flag": {"qk_l2norm": 0},
     "count": {"num_iter": True},
@@ -97,37 +132,39 @@ BAD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_call_after_a_good_one_raises(name: str) -> None:
-    q = torch.randn(1, 2, 2, 4)
+    qkv = tokens(2)
     state = GKAState(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
     good: dict[str, Any] = {"log_decay": -torch.rand(1, 2, 2), "num_iter": 1, "scale": 1.0, "qk_l2norm": False}
     for ridge in (0.02, Ridge(ONE)):
-        for gate in (None, DecayGate(ONE)):
+        for gate in (None, DecayGate(torch.ones(2))):
             for _ in range(2):
-                gka_ops.chunk_gka(q, q, q, **good, ridge=ridge, gate=gate)
-                gka_ops.recurrent_gka(q, q, q, **good, ridge=ridge, gate=gate, state=state)
+                gka_ops.chunk_gka(*qkv, **good, ridge=ridge, gate=gate)
+                gka_ops.recurrent_gka(*qkv, **good, ridge=ridge, gate=gate, state=state)
     options = {**good, **BAD[name]}
     if name == "tolerance":
         options["num_iter"] = "auto"
     with pytest.raises((TypeError, ValueError)):
-        gka_ops.chunk_gka(q, q, q, **options)
+        gka_ops.chunk_gka(*qkv, **options)
     with pytest.raises((TypeError, ValueError)):
-        gka_ops.recurrent_gka(q, q, q, **options, state=state)
+        gka_ops.recurrent_gka(*qkv, **options, state=state)
 
 
 def test_decode_notices_that_gradients_are_enabled() -> None:
-    q = torch.randn(1, 1, 2, 4, requires_grad=True)
+    q, k, v = tokens(1)
+    q.requires_grad_()
     state = GKAState(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
     with torch.no_grad():
         for _ in range(2):
-            gka_ops.recurrent_gka(q, q, q, state=state)
+            gka_ops.recurrent_gka(q, k, v, state=state)
     with pytest.raises(RuntimeError, match="not differentiable"):
-        gka_ops.recurrent_gka(q, q, q, state=state)
+        gka_ops.recurrent_gka(q, k, v, state=state)
 
 
 def test_gradients_flow_after_calls_without() -> None:
-    q = torch.randn(1, 2, 2, 4, requires_grad=True)
+    q, k, v = tokens(2)
+    q.requires_grad_()
     with torch.no_grad():
         for _ in range(2):
-            gka_ops.chunk_gka(q, q, q)
-    (gradient,) = torch.autograd.grad(gka_ops.chunk_gka(q, q, q).output.sum(), q)
+            gka_ops.chunk_gka(q, k, v)
+    (gradient,) = torch.autograd.grad(gka_ops.chunk_gka(q, k, v).output.sum(), q)
     assert gradient.abs().sum() > 0
