@@ -40,6 +40,10 @@ if [ -n "${SHARDS:-}" ]; then
     for i in "${!all[@]}"; do # a test a line
         groups[shard_$((i % SHARDS))]+="${all[$i]}"$'\n'
     done
+    if [ ${#all[@]} -eq 0 ]; then # nothing would run, and nothing fail
+        echo "sanitize: expected tests in $tests, pytest found none" >&2
+        exit 2
+    fi
 fi
 
 # A test that was skipped or renamed is not taken for a clean one.
