@@ -169,6 +169,23 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gradient.isfinite().all(), name
 
 
+@interpreted
+@pytest.mark.parametrize("num_iter", [0, 3])
+def test_buffers_in_one_place_do_not_meet(num_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of their own, which start as NaN, give the same gradients."""
+    from gka_ops.triton import launch
+
+    def apart(self: launch._Problem, *wanted: tuple[tuple[int, ...], torch.dtype] | None) -> list[torch.Tensor | None]:
+        return [None if buffer is None else torch.full(buffer[0], float("nan"), dtype=buffer[1]) for buffer in wanted]
+
+    cut_small(monkeypatch)
+    problem = make_problem(**{**SMALL, **SHAPES["packed"], "gate": True}, dtype=torch.float32)
+    expected = gradients(problem, num_iter).gradients
+    monkeypatch.setattr(launch._Problem, "in_one_place", apart)
+    for name, gradient in gradients(problem, num_iter).gradients.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
 def test_the_number_of_slabs() -> None:
     assert slabs.slab_count(2, 8192, 32) == 2
     assert slabs.slab_count(2, 8192, 32, solve=False) == 1
