@@ -36,7 +36,7 @@ class ChunkConfig:
         scan_entries: entries of a gradient of a state that one program of the scan over chunks holds.
         precision: Triton's ``input_precision`` for fp32 operands.
         solve_async: whether a Hopper card runs the solves' Gluon kernels; they need C = 64 and four warps.
-        token_gradients_async: whether it runs those of the token gradients; they need C = 64 and D = 128.
+        token_gradients_async: whether, with ``solve_async``, it runs those of the token gradients; for C = 64, D = 128.
     """
 
     chunk: int

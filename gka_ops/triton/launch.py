@@ -31,7 +31,7 @@ from gka_ops.triton.kernels.chunk_solve import chunk_solve_kernel
 from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
-from gka_ops.triton.launcher import launch, replays
+from gka_ops.triton.launcher import POINTER_ALIGNMENT, launch, replays
 from gka_ops.triton.slabs import slab_count
 
 _MIN_BLOCK = 16  # the least extent of a tensor-core operand
@@ -326,7 +326,7 @@ def _on_hopper(p: _Problem) -> bool:
 
 def _aligned(tensor: Tensor | None) -> bool:
     """Whether the tensor's rows can be copied into shared memory 16 bytes at a time, if they are whole ones."""
-    return tensor is not None and tensor.data_ptr() % 16 == 0
+    return tensor is not None and tensor.data_ptr() % POINTER_ALIGNMENT == 0
 
 
 def _copied_asynchronously(p: _Problem, solved: _Solved) -> bool:

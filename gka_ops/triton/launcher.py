@@ -43,7 +43,7 @@ from gka_ops.recall import Recall, Replay
 
 Grid: TypeAlias = tuple[int, ...]
 
-_POINTER_ALIGNMENT = 16  # Triton compiles for pointers that are multiples of it, or for any
+POINTER_ALIGNMENT = 16  # Triton compiles for pointers that are multiples of it, or for any
 _BUFFER_ALIGNMENT = 512  # PyTorch's caching allocator's
 _MAX_BYTES = 2**28  # a call that allocates more is bound by the card, and gains from what it frees on its way
 _MAX_PLANS = 1024
@@ -374,7 +374,7 @@ def _replayable(tensor: Tensor) -> bool:
 
 
 def _aligned(pointers: Iterable[int]) -> bool:
-    return functools.reduce(or_, pointers) % _POINTER_ALIGNMENT == 0
+    return functools.reduce(or_, pointers) % POINTER_ALIGNMENT == 0
 
 
 def _key(operator: Any, configuration: Hashable, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], bool]:

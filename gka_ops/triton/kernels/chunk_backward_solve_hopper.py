@@ -7,7 +7,6 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from gka_ops.triton.primitives import (
     chunk_and_head,
@@ -24,7 +23,7 @@ from gka_ops.triton.primitives import (
     scale_rows,
     store_tile,
 )
-from gka_ops.triton.primitives_hopper import chebyshev, kept, places, to_shared
+from gka_ops.triton.primitives_hopper import arrived, chebyshev, kept, places, to_shared
 
 
 @gluon.jit(do_not_specialize=["slab_first", "slab_chunks", "T", "num_iter"])
@@ -136,9 +135,7 @@ def chunk_backward_solve_hopper_kernel(
     s_c, s_weight_y = kept(b_c), kept(inv_eta * b_alpha)  # dx = α dMix
     s_weight_h, s_square, s_phi = kept(weight_h), kept(kappa * kappa), kept(gl.exp2(b_c) * unit_h * weight_h)
     s_delta = kept(1 - b_fro * weight_h)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    tl.debug_barrier()
+    arrived(0)
 
     o_t, o_s = gl.arange(0, C, S_ROWS), gl.arange(0, C, S_COLUMNS)
     b_lag = s_c.load(S_ROWS)[:, None] - s_c.load(S_COLUMNS)[None, :]

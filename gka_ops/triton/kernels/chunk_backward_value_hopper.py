@@ -86,6 +86,7 @@ def chunk_backward_value_hopper_kernel(
     OPERAND: gl.constexpr,
     PRECISION: gl.constexpr,
 ):
+    gl.static_assert(D == BLOCK_D and V == D and V_PAD == 2 * BLOCK_V)
     i_c, i_h = chunk_and_head(H)
     i_n, start, end = chunk_bounds(i_c, T, cu_seqlens, chunk_offsets, chunk_sequence, slab_first, slab_chunks, C)
     if i_n < 0:

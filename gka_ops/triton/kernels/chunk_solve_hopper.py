@@ -9,7 +9,7 @@ a tile has a layout and a vector that of its rows or its columns.
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from gka_ops.triton.primitives import (
     chunk_and_head,
@@ -28,7 +28,7 @@ from gka_ops.triton.primitives import (
     split_along_query,
     store_tile,
 )
-from gka_ops.triton.primitives_hopper import chebyshev, places, to_shared
+from gka_ops.triton.primitives_hopper import chebyshev, places, stored, to_shared
 
 
 @gluon.jit
@@ -118,8 +118,7 @@ def chunk_solve_hopper_kernel(
     s_k, s_h = to_shared(b_k32.to(OPERAND)), to_shared(b_h)
     b_h32 = b_h.to(gl.float32)
     h_square = gl.sum(gl.sum(b_h32 * b_h32, axis=1), axis=0)
-    fence_async_shared()
-    tl.debug_barrier()
+    stored()
 
     # frobenius_norm
     b_gram, b_kh = products_of_keys(s_k, s_h, M_S, M_R)
