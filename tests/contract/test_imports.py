@@ -67,9 +67,10 @@ RULES = (
         ours=(
             "gka_ops.triton.*",
             "gka_ops.recall",
+            "gka_ops.autotune.choice",
             "gka_ops.autotune.config",
-            "gka_ops.autotune.cache",
-            "gka_ops.autotune.heuristics",
+            "gka_ops.autotune.device",
+            "gka_ops.autotune.key",
             NUMERICS,
         ),
         third_party=("torch", "triton"),
@@ -80,7 +81,11 @@ RULES = (
         ours=(*PUBLIC, "gka_ops.reference.*", "gka_ops.autotune.*"),
         third_party=TORCH,
     ),
-    Rule("gka_ops.autotune*", ours=("gka_ops.autotune.*", NUMERICS), third_party=TORCH),
+    Rule(
+        "gka_ops.autotune*",
+        ours=("gka_ops.autotune.*", NUMERICS),
+        third_party=("torch", "filelock", "platformdirs"),
+    ),
     Rule(
         "examples*",
         ours=(*PUBLIC, "gka_ops.reference*", "examples.*"),
