@@ -82,6 +82,7 @@ class _Settings:
     """What choices depend on beside the call; replaced as a whole when it changes."""
 
     mode: Mode | None = None  # None: as the environment says
+    adopted: list[tuple[Path, Table]] | None = None  # in the place of all files
     tables: dict[tuple[Mode, Device], _Tables] = field(default_factory=dict)
     choices: dict[tuple[Mode, Key, Device], Choice] = field(default_factory=dict)
     configs: dict[tuple[object, ...], ChunkConfig | RecurrentConfig] = field(default_factory=dict)
@@ -105,12 +106,19 @@ def use(mode: Mode | None) -> None:
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"expected one of {get_args(Mode)} or None, got {mode!r}")
     with _lock:
-        _settings = _Settings(mode)
+        _settings = _Settings(mode, _settings.adopted)
 
 
 def reload() -> None:
-    """Reads the tables anew when they are next needed, and forgets what was chosen."""
-    use(_settings.mode)
+    """Reads the tables anew when they are next needed, and forgets what was chosen and adopted."""
+    adopt(None)
+
+
+def adopt(tables: list[tuple[Path, Table]] | None) -> None:
+    """Uses these tables, with the files that they came from, in the place of all files; ``None``: files again."""
+    global _settings
+    with _lock:
+        _settings = _Settings(_settings.mode, tables)
 
 
 def mode() -> Mode:
@@ -183,25 +191,23 @@ def folders(mode: Mode) -> list[Path]:
 def _tables(settings: _Settings, mode: Mode, device: Device) -> _Tables:
     with _lock:
         if (mode, device) not in settings.tables:
-            settings.tables[mode, device] = _read_tables(mode, device)
+            found = read_all(mode) if settings.adopted is None else settings.adopted
+            settings.tables[mode, device] = _sorted(found, device)
         return settings.tables[mode, device]
 
 
-def _read_tables(mode: Mode, device: Device) -> _Tables:
-    own, kin = [], []
-    known = False
-    for folder in folders(mode):
-        for path in _files(folder):
-            found = table.read(path)
-            if found is None or not found.entries:
-                continue
-            known = True
-            if found.device == device:
-                own.append((path, found))
-            elif found.device.capability == device.capability:
-                kin.append((path, found))
+def read_all(using: Mode | None = None) -> list[tuple[Path, Table]]:
+    """All tables that count, by default now, with their files, in order."""
+    found = ((path, table.read(path)) for folder in folders(using or mode()) for path in _files(folder))
+    return [(path, content) for path, content in found if content is not None]
+
+
+def _sorted(tables: list[tuple[Path, Table]], device: Device) -> _Tables:
+    filled = [(path, content) for path, content in tables if content.entries]
+    own = [item for item in filled if item[1].device == device]
+    kin = [item for item in filled if item not in own and item[1].device.capability == device.capability]
     kin.sort(key=lambda item: abs(item[1].device.multiprocessors - device.multiprocessors))
-    return _Tables(own, kin, known)
+    return _Tables(own, kin, known=bool(filled))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -117,14 +117,19 @@ def user_folder() -> Path | None:
 def read(path: Path) -> Table | None:
     """The table in a file; ``None``, with a warning for a file that is none, or where there is no file."""
     try:
-        content = _content(path)
-        return None if content is None else _parsed(json.loads(content, parse_constant=_refused), path)
+        text = content(path)
+        return None if text is None else parse(text, path)
     except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         warnings.warn(f"{path} is ignored: {str(error)[:300]}", TableWarning, stacklevel=2)
         return None
 
 
-def _content(path: Path) -> bytes | None:
+def parse(text: str | bytes, path: Path) -> Table:
+    """The table that a text says. Raises ``ValueError`` and the like where it says none; ``path`` is for messages."""
+    return _parsed(json.loads(text, parse_constant=_refused), path)
+
+
+def content(path: Path) -> bytes | None:
     """The bytes of a regular file of moderate size, or ``None`` where there is nothing."""
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -133,10 +138,10 @@ def _content(path: Path) -> bytes | None:
     with os.fdopen(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):
             raise ValueError("it is no regular file")
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
+        found = file.read(_MOST_BYTES + 1)
+    if len(found) > _MOST_BYTES:
         raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
-    return content
+    return found
 
 
 def _refused(constant: str) -> float:
@@ -223,7 +228,7 @@ def update(path: Path, device: Device, change: Callable[[dict[Key, Entry]], None
             if table is None or table.device != device:
                 table = Table(device)
             change(table.entries)
-            _write(path, table.to_json())
+            write(path, table.to_json())
             return True
     except (OSError, TimeoutError) as error:
         message = f"launch configurations are not kept: {path} could not be written ({error})"
@@ -245,7 +250,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """All of it or nothing, also where the machine stops on the way."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
