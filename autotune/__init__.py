@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from gka_ops.autotune.choice import Choice, lookup, mode, override, reload, use
     from gka_ops.autotune.device import Device
     from gka_ops.autotune.key import Key
+    from gka_ops.autotune.tuner import share_tables, tune
 
-__all__ = ["Choice", "Device", "Key", "lookup", "mode", "override", "reload", "use"]
-_MODULES = {"Device": "device", "Key": "key"}
+__all__ = ["Choice", "Device", "Key", "lookup", "mode", "override", "reload", "share_tables", "tune", "use"]
+_MODULES = {"Device": "device", "Key": "key", "share_tables": "tuner", "tune": "tuner"}
 
 
 def __getattr__(name: str) -> Any:
