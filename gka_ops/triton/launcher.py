@@ -396,8 +396,7 @@ def _key(operator: Any, configuration: Hashable, args: tuple[Any, ...]) -> tuple
 def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates an operator whose arguments, all positional, are a tensor and then tensors and scalars.
 
-    ``configuration()`` is what its launches depend on besides them, and cheap to make, hash and compare. The result has
-    an attribute ``replay_of``.
+    ``configuration()`` is what its launches depend on besides them. The result has an attribute ``replay_of``.
     """
 
     def decorate(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -445,7 +444,7 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
 
             def replay(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
                 pointers = list(map(_data_ptr, tensors))
-                if configuration() != current or not _aligned(pointers):
+                if configuration() is not current or not _aligned(pointers):
                     return None
                 if written := tensors[mutated]:
                     torch._C._increment_version(written)
