@@ -22,7 +22,7 @@ def places(start, end, i_h, H: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constex
 
 @gluon.jit
 def to_shared(b):
-    """The operand b [R, D] in shared memory; fence_async_shared and a barrier before a product reads it."""
+    """The operand b [R, D] in shared memory; ``stored`` comes before a product that reads it."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b.shape, b.dtype)
     return gl.allocate_shared_memory(b.dtype, b.shape, LAYOUT, b)
 
