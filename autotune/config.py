@@ -29,6 +29,7 @@ class ChunkConfig:
 
     Attributes:
         chunk: C, tokens a chunk.
+        solve_block_s: rows of H that the solves have on the chip at a time: all, which stay there, or each time anew.
         block_s: rows of a key-key state that the token gradients multiply the keys with at a time.
         block_v: columns of a key-value state (of V), and the width of the read-out's steps over V.
         block_state: columns of a state that one program of the forward state pass holds, at most.
@@ -40,6 +41,7 @@ class ChunkConfig:
     """
 
     chunk: int
+    solve_block_s: int
     block_s: int
     block_v: int
     block_state: int
@@ -95,7 +97,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     gradient_warps = 8 if padded_d > 64 else 4 if padded_d > 32 else 2
     token_warps = 8 if padded_d > 128 else 4 if padded_d > 32 else 2
     return ChunkConfig(
-        chunk=32 if large else 64,
+        chunk=16 if is_fp32 and padded_d > 128 else 32 if large else 64,
+        solve_block_s=32 if is_fp32 and padded_d > 128 else padded_d,  # the whole of it exceeds any shared memory
         block_s=min(padded_d, 32 if is_fp32 else 64) if large else padded_d,
         block_v=min(padded_v, 32 if large else 64),
         block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,

@@ -169,7 +169,7 @@ def _chunk_gka_fake(
     x_query = torch.empty_like(x_scale)
     fro = q.new_empty(B, T, H, dtype=dtype) if saves else _empty(q)
     boundary_kk, boundary_kv = _empty(q), _empty(q)
-    if save_x and _runs_triton("chunk_gka", q, impl):
+    if save_x and _runs_triton(q, impl):
         from gka_ops.triton.slabs import slab_count  # does not import Triton
 
         slabs = slab_count(B, T, H, None if cu_seqlens is None else N, solve=num_iter > 0)
@@ -203,33 +203,33 @@ def _recurrent_gka_fake(
 
 
 # --------------------------------------------------------------------------------------------------------- dispatch
-def _runs_triton(op: str, q: Tensor, impl: str) -> bool:
+def _runs_triton(q: Tensor, impl: str) -> bool:
     """``impl="auto"`` is Triton on CUDA where the kernels support the dtype and head sizes, the reference elsewhere."""
     from gka_ops.triton import checks  # does not import Triton
 
     if impl == "auto":
-        return q.device.type == "cuda" and checks.unsupported_reason(op, q.dtype, q.shape[-1]) is None
+        return q.device.type == "cuda" and checks.unsupported_reason(q.dtype, q.shape[-1]) is None
     return impl == "triton"
 
 
 def _backend(op: str, q: Tensor, impl: str) -> Any:
     """The module that runs this call; both have one function per operator with the operator's own signature."""
     validation.check_backend(op, impl, q)
-    return _module(op, impl, q.is_cuda, q.dtype, q.size(-1))
+    return _module(impl, q.is_cuda, q.dtype, q.size(-1))
 
 
 @cache
-def _module(op: str, impl: str, is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Any:
+def _module(impl: str, is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Any:
     from gka_ops.triton import checks  # does not import Triton
 
     if impl == "auto":
-        supported = checks.unsupported_reason(op, dtype, head_dim) is None
+        supported = checks.unsupported_reason(dtype, head_dim) is None
         impl = "triton" if is_cuda and supported else "reference"
     if impl == "reference":
         from gka_ops.reference import backend
 
         return backend
-    checks.require_supported(op, dtype, head_dim)
+    checks.require_supported(dtype, head_dim)
     from gka_ops.triton import launch
 
     return launch
@@ -501,7 +501,7 @@ def replay_of(op: str, args: tuple[Any, ...], outputs: int) -> Replay | None:
     """
     tensors = tuple(a for a in args if isinstance(a, Tensor))
     keys, q, impl = _keys(tensors), args[0], args[-1]
-    implementation = getattr(_module(op, impl, q.is_cuda, q.dtype, q.size(-1)), op)
+    implementation = getattr(_module(impl, q.is_cuda, q.dtype, q.size(-1)), op)
     needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     if needs_grad or not _only_ours(op, keys) or not hasattr(implementation, "replay_of"):
         return None

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_OF_FP32_CHUNKS = 128
-"""H [D, D] of a chunk is an operand of the tensor cores: in fp32 and with D = 256 it exceeds a multiprocessor's shared
-memory. Decode holds it in registers."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unsupported_reason(op: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why ``op``'s kernels cannot run on queries of this dtype and head dimension D, or ``None`` if they can."""
+def unsupported_reason(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot run on queries of this dtype and head dimension D, or ``None`` if they can."""
     if dtype not in DTYPES:
         return f"bfloat16, float16 or float32 inputs, got {dtype}"
     if head_dim > MAX_HEAD_DIM:
         return f"a head dimension D <= {MAX_HEAD_DIM}, got {head_dim}"
-    if dtype == torch.float32 and op.startswith("chunk") and head_dim > MAX_HEAD_DIM_OF_FP32_CHUNKS:
-        return f"a head dimension D <= {MAX_HEAD_DIM_OF_FP32_CHUNKS} for float32 inputs, got {head_dim}"
     return None
 
 
-def require_supported(op: str, dtype: torch.dtype, head_dim: int) -> None:
+def require_supported(dtype: torch.dtype, head_dim: int) -> None:
     """Raises TypeError (dtype) or ValueError (size) where the kernels cannot run."""
-    reason = unsupported_reason(op, dtype, head_dim)
+    reason = unsupported_reason(dtype, head_dim)
     if reason is not None:
         error = TypeError if dtype not in DTYPES else ValueError
         raise error(f'impl="triton": expected {reason}')

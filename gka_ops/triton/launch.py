@@ -351,8 +351,8 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     kernel = chunk_solve_hopper_kernel if _on_hopper(p) else chunk_solve_kernel
     launch(kernel, p.chunk_grid(slab),
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
-        GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables, **p.ridge,
-        **p.geometry, **p.numerics, **p.config.solve.launch_options(),
+        GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+        **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.solve.launch_options(),
     )  # fmt: skip
 
 
@@ -509,8 +509,9 @@ def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _W
         dx=grad if p.v is None else w.dm, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha,
         beta=p.beta, **solved.stored_x(), fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
         y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
-        pi=w.pi, GROUP=p.group, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand], **slab.geometry(), **p.tables,
-        **p.ridge, **p.geometry, **p.numerics, **p.config.backward_solve.launch_options(),
+        pi=w.pi, GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
+        **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics,
+        **p.config.backward_solve.launch_options(),
     )  # fmt: skip
 
 

@@ -362,6 +362,53 @@ def load_state(p, i_state, i_col, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def load_rows_of_state(p, i_r, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Row block ``i_r`` [ROWS, COLS] of the stored chunk state at ``p``. Volatile, or the compiler would keep them
+    in registers across a loop that reads one after the other."""
+    o_r, o_c = i_r * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    return tl.load(p + o_r[:, None] * COLS + o_c[None, :], volatile=True)
+
+
+@triton.jit
+def state_operand(p, i_state, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """A stored key-key state as :func:`times_state` takes it: the tile [BLOCK_D, BLOCK_D], or its address, if no more
+    than BLOCK_S of its rows are to be on the chip at a time."""
+    if BLOCK_S == BLOCK_D:
+        return load_state(p, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D)
+    else:
+        return p + i_state * BLOCK_D * BLOCK_D
+
+
+@triton.jit
+def times_state(b_acc, b, h, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + b S for operand rows b [C, N] and N rows of a :func:`state_operand`."""
+    N: tl.constexpr = b.shape[1]
+    COLS: tl.constexpr = b_acc.shape[1]
+    if BLOCK_S == COLS:
+        return tl.dot(b, h, b_acc, input_precision=PRECISION)
+    elif BLOCK_S == N:
+        return tl.dot(b, load_rows_of_state(h, 0, BLOCK_S, COLS), b_acc, input_precision=PRECISION)
+    else:
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, N // 2)), (0, 2, 1)))
+        b_acc = times_state(b_acc, b_left, h, BLOCK_S, PRECISION)
+        return times_state(b_acc, b_right, h + N // 2 * COLS, BLOCK_S, PRECISION)
+
+
+@triton.jit
+def sum_of_squares(h, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """‖S‖_F² of a :func:`state_operand`."""
+    if BLOCK_S == BLOCK_D:
+        b_h = h.to(tl.float32)
+        return tl.sum(b_h * b_h)
+    else:
+        square = 0.0
+        for i_s in range(BLOCK_D // BLOCK_S):
+            b_h = load_rows_of_state(h, i_s, BLOCK_S, BLOCK_D).to(tl.float32)
+            square += tl.sum(b_h * b_h)
+        return square
+
+
+@triton.jit
 def sum_of_pieces(p, i_state, PIECES: tl.constexpr):
     """The sum of a chunk state's ``PIECES`` numbers."""
     o = tl.arange(0, triton.next_power_of_2(PIECES))
@@ -369,12 +416,15 @@ def sum_of_pieces(p, i_state, PIECES: tl.constexpr):
 
 
 @triton.jit
-def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, b_gram, C: tl.constexpr, PRECISION: tl.constexpr):
+def frobenius_norm(
+    b_k, kappa, h, h_square, h_unit, gamma, b_m, b_gram, C: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr
+):
     """‖H_t‖_F [C] of every token of a chunk without forming H_t (MATH.md §2).
 
     F_t² = γ_t² F_c² + Σ_{r<=t} Γ_tr² j_r,   j_t = 2 γ_t k_tᵀ H_c k_t + 2 Σ_{s<t} Γ_ts (k_t·k_s)² + |k_t|⁴
 
-    Every term is >= 0. ``h_square`` is F_c² in units of ``h_unit``², ``b_gram`` K̂ K̂ᵀ.
+    Every term is >= 0. ``h`` is H_c, a :func:`state_operand`, ``h_square`` F_c² in units of ``h_unit``²,
+    ``b_gram`` K̂ K̂ᵀ.
     """
     o_c = tl.arange(0, C)
     f_c = tl.sqrt(h_square) * h_unit
@@ -382,7 +432,7 @@ def frobenius_norm(b_k, kappa, b_h, h_square, h_unit, gamma, b_m, b_gram, C: tl.
     unit = pow2_floor(tl.maximum(tl.max(weight, axis=0), f_c))  # F in units of the chunk's largest term: no overflow
     inverse = pow2_inverse(unit)
     weight = weight * inverse
-    b_kh = tl.dot(b_k, b_h, input_precision=PRECISION)
+    b_kh = times_state(tl.zeros(b_k.shape, tl.float32), b_k, h, BLOCK_S, PRECISION)
     k_h_k = tl.sum(b_kh * b_k.to(tl.float32), axis=1) * (h_unit * inverse)
     b_pair = b_gram * b_gram * b_m * weight[:, None] * weight[None, :]
     diagonal = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_pair, 0.0), axis=1)
@@ -446,11 +496,11 @@ def next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2):
 
 
 @triton.jit
-def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexpr):
+def chebyshev(b_b, h, b_k, phi, b_psi, delta, num_iter, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr):
     """z ≈ B^{-1} b for rows b [C, BLOCK_D] fp32 by num_iter applications of B, increment form (MATH.md §3.1, 3.3).
 
     B(X) = diag(φ) X Ĥ + (Ψ ∘ X K̂ᵀ) K̂ + δ X with spectrum in [δ, 1].
-    ``delta`` is a scalar or [C, 1].
+    Ĥ is a :func:`state_operand`, ``delta`` a scalar or [C, 1].
 
     The increments are β d with d <- c d + r, one product an entry: β = 2ν, but ν in the first. β and d are rounded to
     the operand type before anything uses them, so that r = b − B z stays true; only the products' weights φ and Ψ
@@ -460,21 +510,21 @@ def chebyshev(b_b, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION: tl.constexp
     theta = 0.5 * (1 + delta)
     h2 = 0.25 * (1 - delta) * (1 - delta)
     nu = 1 / theta
-    weight = nu.to(b_h.dtype)
-    b_d = b_b.to(b_h.dtype)
+    weight = nu.to(b_k.dtype)
+    b_d = b_b.to(b_k.dtype)
     b_z = tl.zeros(b_b.shape, tl.float32)
     b_s = b_b
-    b_phi = (-phi).to(b_h.dtype)[:, None]
-    b_psi = (-b_psi).to(b_h.dtype)
+    b_phi = (-phi).to(b_k.dtype)[:, None]
+    b_psi = (-b_psi).to(b_k.dtype)
     b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
     for i in range(num_iter - 1):
         if certainly(i):
             b_z += weight.to(tl.float32) * b_d.to(tl.float32)
-        b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
+        b_s = times_state(b_s, b_d * (b_phi * weight), h, BLOCK_S, PRECISION)
         b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
         b_s = add_within_chunk(b_s, b_d, b_k, b_psi, weight, PRECISION)
     b_z += weight.to(tl.float32) * b_d.to(tl.float32)
-    b_s = tl.dot(b_d * (b_phi * weight), b_h, b_s, input_precision=PRECISION)
+    b_s = times_state(b_s, b_d * (b_phi * weight), h, BLOCK_S, PRECISION)
     b_d, weight, nu = next_increment(b_d, weight, nu, b_s, b_z, delta, theta, h2)
     return b_z + weight.to(tl.float32) * b_d.to(tl.float32)
 

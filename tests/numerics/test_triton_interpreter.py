@@ -150,6 +150,27 @@ def test_results_do_not_depend_on_the_width_of_the_state_pass(
             assert norm_error(other[name], value) <= bar, name
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("solve", [True, False], ids=["gka", "no_solve"])
+def test_states_in_blocks_of_rows(solve: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a whole key-key state does not fit on the chip, the solves and the token gradients read blocks of it."""
+    from gka_ops.triton import launch
+
+    problem = make_problem(**{**SMALL, "D": 64, "dtype": torch.float32, "state": True})
+    chosen = launch.chunk_config
+    monkeypatch.setattr(
+        launch,
+        "chunk_config",
+        lambda *key: dataclasses.replace(chosen(*key), solve_block_s=rows, block_s=rows),
+    )
+    contract.check(contract.measure(run_gka, problem, 30 if solve else 0, "triton"), contract.FP32, torch.float32)
+
+
+def test_fp32_at_head_dimension_256() -> None:
+    problem = make_problem(**{**SMALL, "T": 40, "H": 1, "D": 256, "dtype": torch.float32, "state": True})
+    contract.check(contract.measure(run_gka, problem, 30, "triton"), contract.FP32, torch.float32)
+
+
 @pytest.mark.parametrize("magnitude", [1e-4, 1e-2, 1e2])
 def test_a_state_far_larger_or_smaller_than_the_updates(magnitude: float) -> None:
     problem = make_problem(**{**SMALL, "T": 130, "dtype": torch.float16, "state": True, "mean_decay": 0.001})

@@ -17,12 +17,12 @@ from gka_ops.triton.primitives import (
     load_ridge,
     load_scalars,
     load_solution,
-    load_state,
     load_tile,
     normalise,
     normalise_rows_backward,
     operator_weights,
     scale_rows,
+    state_operand,
     store_tile,
     token_rows_of_chunk,
 )
@@ -78,6 +78,7 @@ def chunk_backward_solve_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     C: tl.constexpr,
     THROUGH_READOUT: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
@@ -110,7 +111,7 @@ def chunk_backward_solve_kernel(
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
     b_fro = load_scalars(fro, o_row, m_t, 0.0)
     b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
-    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+    h, unit_h = state_operand(kk, i_state, BLOCK_D, BLOCK_S), tl.load(kk_units + i_state)
     b_dx = load_upstream(dx, i_state * C, first, o_r, o_d, H, D, BLOCK_D, THROUGH_READOUT)
 
     b_c = tl.cumsum(b_g, axis=0)
@@ -128,7 +129,7 @@ def chunk_backward_solve_kernel(
     else:
         delta = (1 - b_fro * weight_h)[:, None]
     b_dx, weight_y = scale_rows(as_sums(b_dx.to(tl.float32), OPERAND))
-    b_z = chebyshev(b_dx, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)
+    b_z = chebyshev(b_dx, h, b_k, phi, b_psi, delta, num_iter, BLOCK_S, PRECISION)
     weight_y *= inv_eta  # y = weight_y z
 
     start = formed_anew(start, num_iter)

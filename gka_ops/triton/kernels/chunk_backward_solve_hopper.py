@@ -64,6 +64,7 @@ def chunk_backward_solve_hopper_kernel(
     GROUP: gl.constexpr,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
+    BLOCK_S: gl.constexpr,
     C: gl.constexpr,
     THROUGH_READOUT: gl.constexpr,
     SCALE_PER_TOKEN: gl.constexpr,

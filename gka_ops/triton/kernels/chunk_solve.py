@@ -15,7 +15,6 @@ from gka_ops.triton.primitives import (
     load_log_decay,
     load_ridge,
     load_scalars,
-    load_state,
     load_tile,
     normalise,
     operator_weights,
@@ -23,7 +22,9 @@ from gka_ops.triton.primitives import (
     query_weight,
     scale_rows,
     split_along_query,
+    state_operand,
     store_tile,
+    sum_of_squares,
     token_rows_of_chunk,
 )
 
@@ -57,6 +58,7 @@ def chunk_solve_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     C: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
     OFFSET_PER_TOKEN: tl.constexpr,
@@ -83,7 +85,7 @@ def chunk_solve_kernel(
     b_g = load_log_decay(log_decay, A_log, dt_bias, o_row, m_t, i_h, MIN_LOG_DECAY)
     b_beta = load_scalars(beta, o_row, m_t, 1.0)
     b_k = load_tile(k + first_kv * D, o_r, o_d, H // GROUP * D, D, BLOCK_D)
-    b_h, unit_h = load_state(kk, i_state, 0, BLOCK_D, BLOCK_D, BLOCK_D), tl.load(kk_units + i_state)
+    h, unit_h = state_operand(kk, i_state, BLOCK_D, BLOCK_S), tl.load(kk_units + i_state)
     b_q = load_tile(q + first * D, o_r, o_d, H * D, D, BLOCK_D)
 
     b_c = tl.cumsum(b_g, axis=0)
@@ -91,11 +93,11 @@ def chunk_solve_kernel(
     b_k32, unit_k = scale_rows(as_sums(b_k.to(tl.float32), OPERAND))
     kappa = tl.where(m_t, key_weight(b_k32, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_k = b_k32.to(OPERAND)
-    h_square = tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32))
+    h_square = sum_of_squares(h, BLOCK_D, BLOCK_S)
     b_gram = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     # Adding nothing of a product's makes M a tile of the tensor cores' layout, where a thread has two rows, not 32.
     b_m = decay_matrix(b_c, C) + 0.0 * b_gram
-    b_fro = frobenius_norm(b_k, kappa, b_h, h_square, unit_h, gamma, b_m, b_gram, C, PRECISION)
+    b_fro = frobenius_norm(b_k, kappa, h, h_square, unit_h, gamma, b_m, b_gram, C, BLOCK_S, PRECISION)
     tl.store(fro + o_row, b_fro, mask=m_t)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
@@ -107,7 +109,7 @@ def chunk_solve_kernel(
         delta = (1 - b_fro * weight_h)[:, None]
     b_q, unit_q = scale_rows(as_sums(b_q.to(tl.float32), OPERAND))
     weight_q = query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS)
-    b_z = chebyshev(b_q, b_h, b_k, phi, b_psi, delta, num_iter, PRECISION)  # x = weight_q/η z
+    b_z = chebyshev(b_q, h, b_k, phi, b_psi, delta, num_iter, BLOCK_S, PRECISION)  # x = weight_q/η z
 
     start = formed_anew(start, num_iter)
     m_t, o_row, o_r = token_rows_of_chunk(start, end, i_h, H, C)

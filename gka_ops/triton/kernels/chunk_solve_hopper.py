@@ -71,6 +71,7 @@ def chunk_solve_hopper_kernel(
     GROUP: gl.constexpr,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
+    BLOCK_S: gl.constexpr,
     C: gl.constexpr,
     SCALE_PER_TOKEN: gl.constexpr,
     OFFSET_PER_TOKEN: gl.constexpr,
