@@ -11,6 +11,8 @@ import torch
 import gka_ops
 from tests.helpers import contract
 from tests.helpers.problems import (
+    Evaluation,
+    Outputs,
     Problem,
     cotangents,
     evaluate,
@@ -34,6 +36,25 @@ def check(problem: Problem, num_iter: int = 30, bars: contract.Bars | None = Non
     """Forward, final states and every gradient, also through the final states, within the contract's bars."""
     dtype = problem.q.dtype
     contract.check(contract.measure(run_gka, problem, num_iter, "triton"), bars or contract.bars_for(dtype), dtype)
+
+
+def run(problem: Problem) -> Outputs:
+    return run_gka(problem, num_iter=30, impl="triton")
+
+
+def check_near(actual: Evaluation, expected: Evaluation) -> None:
+    """Results of different kernels for the same 16-bit inputs: nearer each other than either need be to exact."""
+    for some, others in ((actual.outputs, expected.outputs), (actual.gradients, expected.gradients)):
+        for name, value in others.items():
+            assert norm_error(some[name], value) <= contract.SIXTEEN_BIT.gradient / 2, name
+
+
+def is_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+# Of square problems with 16 bits, a Hopper card forms the token gradients of the second in Gluon.
+plain_and_gluon = pytest.mark.parametrize("D", [64, 128])
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 8192])
@@ -81,25 +102,46 @@ def test_options(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [80, 128])
 @pytest.mark.parametrize("name", ["no_gates", "no_l2norm", "decay_gate", "token_ridge", "packed"])
 def test_asynchronous_solves_are_the_plain_ones(name: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Gluon says on Hopper (docs/adr/0009) is what Triton says: nearer each other than either need be to exact."""
+    """What Gluon says on Hopper (docs/adr/0009) is what Triton says."""
     from gka_ops.triton import launch
 
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not is_hopper():
         pytest.skip("there is no other solve on this card")
     problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": D, "V": 128, **OPTIONS[name]})
-
-    def run(p: Problem) -> dict[str, torch.Tensor]:
-        return run_gka(p, num_iter=30, impl="triton")
-
-    with torch.no_grad():
-        upstream = cotangents(run(problem))
+    upstream = cotangents(run(problem))
     result = evaluate(run, problem, upstream)
     chosen = launch.chunk_config
     monkeypatch.setattr(launch, "chunk_config", lambda *key: dataclasses.replace(chosen(*key), solve_async=False))
-    plain = evaluate(run, problem, upstream)
-    for actual, expected in ((result.outputs, plain.outputs), (result.gradients, plain.gradients)):
-        for output, value in expected.items():
-            assert norm_error(actual[output], value) <= contract.SIXTEEN_BIT.gradient / 2, output
+    check_near(result, evaluate(run, problem, upstream))
+
+
+@pytest.mark.parametrize("options", [{}, {"seq_lengths": (130, 70)}], ids=["dense", "packed"])
+def test_an_unaligned_gradient_of_the_output(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not begin at a multiple of 16 bytes cannot be copied asynchronously: the plain kernel loads it."""
+    from gka_ops.triton import launch, launcher
+
+    launched: list[Any] = []
+    ordinary = launch.launch
+
+    def noted(kernel: Any, grid: launcher.Grid, /, **arguments: Any) -> None:
+        launched.append(kernel)
+        ordinary(kernel, grid, **arguments)
+
+    launcher.forget()  # a replayed call launches by itself
+    monkeypatch.setattr(launch, "launch", noted)
+    problem = problem_on_card(**{"T": 200, "H": 4, "Hkv": 2, "D": 128, "V": 128, **options})
+    upstream = cotangents(run(problem))
+    aligned = evaluate(run, problem, upstream)
+    assert (launch.chunk_backward_value_hopper_kernel in launched) == is_hopper()
+
+    buffer = upstream["output"].new_empty(upstream["output"].numel() + 1)
+    d_output = buffer[1:].view_as(upstream["output"]).copy_(upstream["output"])
+    assert d_output.data_ptr() % launcher.POINTER_ALIGNMENT == d_output.element_size()
+    launched.clear()
+    unaligned = evaluate(run, problem, {**upstream, "output": d_output})
+    assert launch.chunk_backward_value_kernel in launched
+    assert launch.chunk_backward_value_hopper_kernel not in launched
+    check_near(unaligned, aligned)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -184,7 +226,8 @@ def test_decode_continues_a_prefill() -> None:
         assert summarise(token_errors(output, whole["output"][:, t : t + 1])).p99 <= contract.SIXTEEN_BIT.o
 
 
-def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+@plain_and_gluon
+def test_nothing_is_left_unwritten(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer starts as NaN; no NaN may reach an output or a gradient."""
     from gka_ops.triton import launch, launcher
 
@@ -196,19 +239,15 @@ def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     monkeypatch.setattr(launch.torch, "empty_like", lambda t, **k: empty_like(t, **k).fill_(float("nan")))
     for options in ({"T": 100}, {"seq_lengths": (70, 0, 30)}):
-        check(problem_on_card(**{"H": 4, "Hkv": 2, "D": 64, "V": 64, "gate": True, "state": True, **options}))
+        check(problem_on_card(**{"H": 4, "Hkv": 2, "D": D, "V": D, "gate": True, "state": True, **options}))
     launcher.forget()
 
 
 def test_results_repeat_bit_for_bit_and_ignore_the_rest_of_the_batch() -> None:
     p = problem_on_card(B=4, T=300, H=4, Hkv=2, D=128, V=128, state=True)
     upstream = cotangents(run_gka(p, num_iter=30))
-
-    def run(problem: Problem, upstream: dict[str, torch.Tensor]) -> Any:
-        return evaluate(lambda q: run_gka(q, num_iter=30, impl="triton"), problem, upstream)
-
-    first, second = run(p, upstream), run(p, upstream)
-    alone = run(p.map(lambda _, t: t[2:3]), {n: t[2:3] for n, t in upstream.items()})
+    first, second = evaluate(run, p, upstream), evaluate(run, p, upstream)
+    alone = evaluate(run, p.map(lambda _, t: t[2:3]), {n: t[2:3] for n, t in upstream.items()})
     for kind in ("outputs", "gradients"):
         for name, value in getattr(first, kind).items():
             assert torch.equal(value, getattr(second, kind)[name]), name
@@ -225,16 +264,17 @@ def test_nan_stays_in_its_sequence_and_head() -> None:
     assert torch.equal(dirty, clean)
 
 
-def test_extreme_inputs() -> None:
+@plain_and_gluon
+def test_extreme_inputs(D: int) -> None:
     """Zero keys, zero β, zero queries and a total decay give finite, right results."""
-    p = problem_on_card(T=200, H=2, D=64, V=64, state=False)
+    p = problem_on_card(T=200, H=2, D=D, V=D, state=False)
     assert p.beta is not None and p.log_decay is not None
     p.k[:, :10] = 0
     p.beta[:, 20:30] = 0
     p.q[:, 40:50] = 0
     p.log_decay[:, 70] = -1e4
     p.log_decay[:, 130] = float("-inf")
-    out = run_gka(p, num_iter=30, impl="triton")
+    out = run(p)
     expected = run_gka(p.double(), num_iter=contract.ORACLE_ITERATIONS, impl="reference")
     assert out["output"].isfinite().all()
     assert norm_error(out["output"], expected["output"]) <= contract.SIXTEEN_BIT.o
@@ -242,7 +282,8 @@ def test_extreme_inputs() -> None:
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4])
-def test_magnitudes_of_inputs(magnitude: float) -> None:
+@plain_and_gluon
+def test_magnitudes_of_inputs(D: int, magnitude: float) -> None:
     """16-bit operands are scaled by powers of two: the size of keys, values and upstream gradients does not matter."""
-    p = problem_on_card(T=100, H=2, D=64, V=64, qk_l2norm=False, dtype=torch.bfloat16)
+    p = problem_on_card(T=100, H=2, D=D, V=D, qk_l2norm=False)
     check(p.map(lambda name, t: t * magnitude if name in ("k", "v", "q") else t))

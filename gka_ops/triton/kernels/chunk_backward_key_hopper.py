@@ -262,7 +262,7 @@ def chunk_backward_key_hopper_kernel(
         b_m + m_v, s_gate.index(0).load(TOKENS), j_next, b_beta, s_g.load(TOKENS), d_beta, d_log_decay, d_A_log,
         d_dt_bias, log_decay, A_log, dt_bias, o_row, m_t, i_h, i_state, MIN_LOG_DECAY,
     )  # fmt: skip
-    b_dk, s_k, s_q, s_pk, s_xy = warpgroup_mma_wait(0, [b_dk, s_k, s_q, s_pk, s_xy])  # theirs until now
+    b_dk, s_q, s_pk, s_xy = warpgroup_mma_wait(0, [b_dk, s_q, s_pk, s_xy])  # theirs until now
     tl.debug_barrier()
     b_dk *= s_of_dk.load(ROWS)[:, None]
     if QK_L2NORM:
