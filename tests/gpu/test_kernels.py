@@ -169,6 +169,12 @@ def test_other_head_dimensions(D: int, V: int) -> None:
     check(problem_on_card(T=100, H=2, D=D, V=V))
 
 
+@pytest.mark.parametrize(("D", "V"), [(16, 48), (128, 128), (160, 48), (256, 256)])
+@pytest.mark.parametrize("num_iter", [0, 30])
+def test_fp32_at_other_head_dimensions(D: int, V: int, num_iter: int) -> None:
+    check(problem_on_card(T=100, H=4, Hkv=2, D=D, V=V, state=True, dtype=torch.float32), num_iter=num_iter)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"seq_lengths": (5, 0, 64, 131)}, {"ridge": "token", "ridge_offset": 0.01}], ids=str
