@@ -399,8 +399,8 @@ def dense_solve(h: Tensor, q: Tensor, r: Tensor, b: Tensor, num_iter: int) -> Te
 
 
 def mix(q: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
-    """m = q + α (x − q), rows [..., D], α [...] (docs/math.md §1)."""
-    return q + alpha[..., None] * (x - q)
+    """m = (1 − α) q + α x, rows [..., D], α [...] (docs/math.md §1)."""
+    return (1.0 - alpha[..., None]) * q + alpha[..., None] * x
 
 
 def read_out(m: Tensor, operands: Operands, decays: Decays, starts: Tensor, scale: float) -> Tensor:

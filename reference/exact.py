@@ -99,7 +99,7 @@ def _run(
             x = m = q[:, t]
             if num_iter != 0:
                 x = _solve(kk, q[:, t], r[:, t], b[:, t])
-                m = q[:, t] + alpha[:, t, :, None] * (x - q[:, t])
+                m = (1.0 - alpha[:, t, :, None]) * q[:, t] + alpha[:, t, :, None] * x
             xs.append(x[:, None])
             outputs.append(scale * torch.einsum("bhd,bhdv->bhv", m, kv)[:, None])
         finals_kk.append(kk)

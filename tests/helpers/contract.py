@@ -166,6 +166,29 @@ def check(errors: Errors, bars: Bars, dtype: torch.dtype) -> None:
     assert not over, over
 
 
+def check_scaling(problem: Problem, magnitude: float, impl: str) -> None:
+    """Asserts that queries, keys and values ``magnitude`` times as large, a power of two, change every result by the
+    power of two that follows from it and by no bit more: operands are divided by powers of two.
+
+    ``problem`` has no α, or the shares of the query and of the solution, whose unit is the inverse, would change; no
+    states; and keys as they are.
+    """
+
+    def run(p: Problem) -> Outputs:
+        return run_gka(p, num_iter=30, impl=impl)
+
+    upstream = cotangents(run(problem))
+    expected = evaluate(run, problem, upstream)
+    upstream = {name: t if name == "output" else t / magnitude for name, t in upstream.items()}
+    scaled = evaluate(run, problem.map(lambda name, t: t * magnitude if name in ("q", "k", "v") else t), upstream)
+    for name, value in expected.outputs.items():
+        unit = magnitude if name == "output" else magnitude**2
+        assert torch.equal(scaled.outputs[name], value * unit), name
+    for name, value in expected.gradients.items():
+        unit = 1.0 if name in ("q", "k", "v") else magnitude
+        assert torch.equal(scaled.gradients[name], value * unit), name
+
+
 def main() -> None:
     from tabulate import tabulate
 

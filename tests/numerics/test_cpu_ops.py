@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 import gka_ops
 from gka_ops.numerics import DEFAULT_TOL, backward_iterations, iterations_for
 from gka_ops.reference import adjoint, backend, chebyshev
+from tests.helpers import contract
 from tests.helpers.problems import (
     KEY_SETS,
     Evaluation,
@@ -88,6 +89,13 @@ def test_gradcheck(options: dict[str, Any], solve_only: bool) -> None:
         return tuple((run_solve if solve_only else run_gka)(p, num_iter=30).values())
 
     assert torch.autograd.gradcheck(run, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-14, 2.0**14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_magnitudes_of_inputs(dtype: torch.dtype, magnitude: float) -> None:
+    problem = make_problem(T=70, H=2, Hkv=1, D=16, V=24, alpha=False, dtype=dtype)
+    contract.check_scaling(problem, magnitude, "reference")
 
 
 @pytest.mark.parametrize("names", [("output",), ("final_kk",), ("final_kv",), ("output", "final_kk", "final_kv")])

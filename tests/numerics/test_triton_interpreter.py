@@ -150,6 +150,12 @@ def test_results_do_not_depend_on_the_width_of_the_state_pass(
             assert norm_error(other[name], value) <= bar, name
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-14, 2.0**14])
+def test_magnitudes_of_inputs(magnitude: float) -> None:
+    problem = make_problem(**{**SMALL, "dtype": torch.float32, "alpha": False, "qk_l2norm": False})
+    contract.check_scaling(problem, magnitude, "triton")
+
+
 @pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("solve", [True, False], ids=["gka", "no_solve"])
 def test_states_in_blocks_of_rows(solve: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

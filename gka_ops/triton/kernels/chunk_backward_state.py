@@ -117,9 +117,9 @@ def chunk_backward_state_kernel(
     tl.store(decay + p_one, gamma, mask=(o_c == C - 1) & (i_col == 0))
     if THROUGH_U:
         mix_q, bound_m = weight_q, weight_q
-        if x is not None:  # Mix = q + α (x − q)
+        if x is not None:  # Mix = (1 − α) q + α x
             b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
-            mix_q += b_alpha * (of_q - weight_q)
+            mix_q = (1 - b_alpha) * weight_q + b_alpha * of_q
             mix_x = b_alpha * of_x
             bound_m = tl.abs(mix_q) + mix_x
         unit_m = pow2_floor(2 * bound_m)

@@ -114,11 +114,11 @@ def chunk_backward_value_kernel(
     b_q, unit_q = scale_rows(b_q.to(tl.float32))
     weight_q = pinned(query_weight(b_q, unit_q, QK_L2NORM, NORM_EPS))
     mix_q = weight_q
-    if SOLVE:  # Mix = q + α (x − q)
+    if SOLVE:  # Mix = (1 − α) q + α x
         b_w, along, across = split_solution(b_x, x_scale, x_query, b_q, weight_q, o_row, m_t)
         b_w = b_w.to(OPERAND)
         b_alpha = pinned(b_alpha)
-        mix_q, mix_w = weight_q + b_alpha * (along - weight_q), tl.where(m_t, b_alpha * across, 0.0)
+        mix_q, mix_w = (1 - b_alpha) * weight_q + b_alpha * along, tl.where(m_t, b_alpha * across, 0.0)
     mix_q = tl.where(m_t, mix_q, 0.0)
     b_q = b_q.to(OPERAND)
     b_km = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * mix_q[None, :]

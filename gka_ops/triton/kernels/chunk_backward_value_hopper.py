@@ -170,12 +170,12 @@ def chunk_backward_value_hopper_kernel(
     if beta is not None:
         b_beta = s_gate.index(1).load(TOKENS)
     nu = gl.where(m_t, s_nu.load(TOKENS), 0.0)
-    # Mix = q + α (x − q)
+    # Mix = (1 − α) q + α x
     weight_q = s_weight_q.load(TOKENS)
     mix_q, mix_w = s_of_x.index(1).load(TOKENS) * weight_q, s_of_x.index(0).load(TOKENS)
     if alpha is not None:
         b_alpha = s_of_x.index(2).load(TOKENS)
-        mix_q, mix_w = weight_q + b_alpha * (mix_q - weight_q), b_alpha * mix_w
+        mix_q, mix_w = (1 - b_alpha) * weight_q + b_alpha * mix_q, b_alpha * mix_w
     mix_q, mix_w = gl.where(m_t, mix_q, 0.0), gl.where(m_t, mix_w, 0.0)
     s_c, s_tau = kept(b_c * 1.4426950408889634), kept(tau)  # in powers of two
     s_mix_q, s_mix_w = kept(mix_q), kept(mix_w)

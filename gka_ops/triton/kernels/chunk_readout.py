@@ -58,7 +58,7 @@ def chunk_readout_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program does one chunk of one query head: O = s [diag(γ) Mix U_c + (M ∘ Mix Kᵀ) V], Mix = q + α (x − q).
+    """One program does one chunk of one query head: O = s [diag(γ) Mix U_c + (M ∘ Mix Kᵀ) V], Mix = (1 − α) q + α x.
 
     Mix is never formed: it is weight_q·q̂ + weight_x·x̂, and its part along q may be far too large to be rounded
     together with the part that the keys see.

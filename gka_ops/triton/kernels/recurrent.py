@@ -210,7 +210,7 @@ def recurrent_kernel(
             b_offset = load_ridge(ridge_offset_tensor, ridge_offset, i_row, True, i_h, OFFSET_PER_TOKEN)
             inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, False)
             b_x = solve(b_q, b_h, weight_h, 1 - b_fro * weight_h, num_iter, CHAINS) * (weight_q * inv_eta)
-            b_mix += b_alpha * (b_x - b_mix)  # m = q + α (x − q)
+            b_mix = (1 - b_alpha) * b_mix + b_alpha * b_x
         b_mix = by_rows(b_mix, LANES_V)
         b_k = by_rows(by_columns(formed_anew(b_key, num_iter)) if SOLVE else b_k, LANES_V)
         for i_v in range(V_PAD // BLOCK_V):
