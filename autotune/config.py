@@ -97,7 +97,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     gradient_warps = 8 if padded_d > 64 else 4 if padded_d > 32 else 2
     token_warps = 8 if padded_d > 128 else 4 if padded_d > 32 else 2
     return ChunkConfig(
-        chunk=64 if not large else 16 if is_fp32 else 32,
+        chunk=(16 if large else 32) if is_fp32 else 32 if large else 64,
         solve_block_s=padded_d if not (large and is_fp32) else 64 if padded_d <= 128 else 32,
         block_s=min(padded_d, 32 if is_fp32 else 64) if large else padded_d,
         block_v=min(padded_v, 32 if large else 64),

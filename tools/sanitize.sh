@@ -4,6 +4,7 @@
 #
 #   tools/sanitize.sh [PYTHON]      COMPUTE_SANITIZER=/path/to/compute-sanitizer   LOGS=build/sanitize
 #   SHARDS=12 tools/sanitize.sh     all tests of the kernels, in so many processes at once
+#   TOOLS=racecheck                 one of the two alone
 #
 # PyTorch's caching allocator is off, for it hands out parts of large blocks, whose neighbours an out-of-bounds access would
 # hit unseen. Only our own kernels are instrumented. racecheck sees shared memory only.
@@ -75,6 +76,11 @@ run_all plain || exit 1
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 check=("$sanitizer" --target-processes all --kernel-regex kns=chunk_ --kernel-regex kns=recurrent_ --report-api-errors no --error-exitcode 1)
 status=0
-run_all memcheck "${check[@]}" --tool memcheck || status=1
-run_all racecheck "${check[@]}" --tool racecheck --racecheck-report analysis || status=1
+for tool in ${TOOLS:-memcheck racecheck}; do
+    options=()
+    if [ "$tool" = racecheck ]; then
+        options=(--racecheck-report analysis)
+    fi
+    run_all "$tool" "${check[@]}" --tool "$tool" "${options[@]}" || status=1
+done
 exit $status
