@@ -1,4 +1,4 @@
-"""Launch configurations as data: one frozen dataclass per kernel, and the one table of configurations that runs.
+"""Launch configurations as data: one frozen dataclass per kernel, and the heuristics that run where no table says more.
 
 A configuration is chosen in Python before the launch; the kernels are plain ``@triton.jit``. The chunk size is part
 of the operand class because all chunk kernels of one call must agree on it.
@@ -38,6 +38,10 @@ class ChunkConfig:
         precision: Triton's ``input_precision`` for fp32 operands.
         solve_async: whether a Hopper card runs the solves' Gluon kernels; they need C = 64 and four warps.
         token_gradients_async: whether, with ``solve_async``, it runs those of the token gradients; for C = 64, D = 128.
+
+    The rest is one :class:`KernelConfig` a kernel. Tables may say another one, and another ``block_state``,
+    ``block_s``, ``increment_columns`` or ``scan_entries``, which belong to one kernel each; buffers and numerics
+    depend on the others.
     """
 
     chunk: int
@@ -59,6 +63,8 @@ class ChunkConfig:
     backward_scan: KernelConfig
     backward_value: KernelConfig
     backward_key: KernelConfig
+    solve_hopper: KernelConfig
+    backward_solve_hopper: KernelConfig
     backward_value_hopper: KernelConfig
     backward_key_hopper: KernelConfig
 
@@ -89,8 +95,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
 
     NOTE [Hopper miscompile] The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gives wrong dk on an
     H100 (Triton 3.6): two or eight warps, or C = 32, are right. Small heads use two warps, which keeps them off the
-    warpgroup instructions. No configuration enters this table without the accuracy tests of ``tests/gpu`` passing on
-    the card.
+    warpgroup instructions, and ``space.excluded`` leaves four out. No configuration enters here without the accuracy
+    tests of ``tests/gpu`` passing on the card.
     """
     large = padded_d > 128 or (is_fp32 and padded_d > 64)
     warps = 8 if padded_d > 128 else 4
@@ -126,6 +132,8 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         backward_scan=KernelConfig(num_warps=4, num_stages=1, max_registers=None if is_fp32 else 80),
         backward_value=KernelConfig(num_warps=token_warps, num_stages=1),
         backward_key=KernelConfig(num_warps=token_warps, num_stages=1),
+        solve_hopper=KernelConfig(num_warps=4, num_stages=1),
+        backward_solve_hopper=KernelConfig(num_warps=4, num_stages=1),
         backward_value_hopper=KernelConfig(num_warps=4, num_stages=1),
         backward_key_hopper=KernelConfig(num_warps=4, num_stages=1),
     )

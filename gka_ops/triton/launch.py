@@ -9,6 +9,7 @@ forms those of keys, values and gates (stage C); docs/math.md §4.3.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
+from gka_ops.autotune import choice, device
 from gka_ops.autotune.config import chunk_config, recurrent_config
+from gka_ops.autotune.key import Problem, bucket
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
@@ -36,6 +39,7 @@ from gka_ops.triton.slabs import slab_count
 
 _MIN_BLOCK = 16  # the least extent of a tensor-core operand
 _TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _padded(size: int) -> int:
@@ -55,6 +59,36 @@ def _multiprocessors(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _options(
+    log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
+    ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None, cu_seqlens: Tensor | None,
+    ridge_offset: float, num_iter: int, qk_l2norm: bool, group: int,
+) -> frozenset[str]:  # fmt: skip
+    """Those of ``autotune.key.OPTIONS`` that apply to a call."""
+    ridge_dims = {ridge.ndim for ridge in (ridge_scale_tensor, ridge_offset_tensor) if ridge is not None}
+    applies = {
+        "alpha": alpha is not None, "beta": beta is not None, "decay": log_decay is not None and A_log is None,
+        "gate": A_log is not None, "gqa": group > 1, "l2norm": qk_l2norm, "ridge_offset": ridge_offset != 0,
+        "ridge_head": 1 in ridge_dims, "ridge_token": 3 in ridge_dims, "solve": num_iter > 0,
+        "varlen": cu_seqlens is not None,
+    }  # fmt: skip
+    return frozenset(option for option, given in applies.items() if given)
+
+
+def _autotune_device(tensor: Tensor) -> device.Device | None:
+    return device.current(tensor.get_device()) if tensor.is_cuda else None
+
+
+def _configuration() -> object:
+    """Stands for what the launches of a call depend on beside its arguments: the same object for the same."""
+    return _one_for(chunk_config, recurrent_config, choice.state())
+
+
+@functools.lru_cache(maxsize=64)
+def _one_for(*parts: object) -> object:
+    return object()
 
 
 class _States(NamedTuple):
@@ -92,14 +126,14 @@ class _Slab(NamedTuple):
 
 
 class _Problem:
-    """The arguments of one call, its sizes, its configuration and its chunk tables."""
+    """The arguments of one call, its sizes, its configuration and its chunk tables. ``when``: forward or backward."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, alpha: Tensor | None,
         beta: Tensor | None, ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None,
         A_log: Tensor | None, dt_bias: Tensor | None, initial_kk: Tensor | None, initial_kv: Tensor | None,
         cu_seqlens: Tensor | None, ridge_scale: float, ridge_offset: float, num_iter: int, scale: float,
-        qk_l2norm: bool,
+        qk_l2norm: bool, *, when: str,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), _contiguous(v)
         self.log_decay, self.alpha, self.beta = _contiguous(log_decay), _contiguous(alpha), _contiguous(beta)
@@ -116,7 +150,17 @@ class _Problem:
         is_fp32 = q.dtype == torch.float32
         self.operand = torch.float32 if is_fp32 else torch.float16
         self.block_d = _padded(self.D)
-        self.config = chunk_config(self.block_d, _padded(self.V), is_fp32)
+        config = chunk_config(self.block_d, _padded(self.V), is_fp32)
+        options = _options(
+            log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, cu_seqlens, ridge_offset, num_iter,
+            qk_l2norm, self.group,
+        )  # fmt: skip
+        sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        problem = Problem(
+            when, _DTYPE_NAMES[q.dtype], self.D, 0 if v is None else self.V, config.chunk, bucket(self.T),
+            bucket(sequences * self.H), options,
+        )  # fmt: skip
+        self.config = choice.chosen(config, problem, _autotune_device(q))
         self.v_pad = triton.cdiv(self.V, self.config.block_v) * self.config.block_v
         chunk = self.config.chunk
         self.cu_seqlens: Tensor | None = None
@@ -348,11 +392,13 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     """x and ‖H_t‖_F of the tokens of a slab."""
     if p.tokens == 0:
         return
-    kernel = chunk_solve_hopper_kernel if _on_hopper(p) else chunk_solve_kernel
+    kernel, config = chunk_solve_kernel, p.config.solve
+    if _on_hopper(p):
+        kernel, config = chunk_solve_hopper_kernel, p.config.solve_hopper
     launch(kernel, p.chunk_grid(slab),
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
-        **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics, **p.config.solve.launch_options(),
+        **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics, **config.launch_options(),
     )  # fmt: skip
 
 
@@ -504,14 +550,16 @@ def read_out_gradient(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w
 
 def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _Workspace, out: _Gradients) -> None:
     """Stage A2: from dMix, or from dLoss/dx."""
-    hopper = p.v is not None and _on_hopper(p)
-    launch(chunk_backward_solve_hopper_kernel if hopper else chunk_backward_solve_kernel, p.chunk_grid(slab),
+    kernel, config = chunk_backward_solve_kernel, p.config.backward_solve
+    if p.v is not None and _on_hopper(p):
+        kernel, config = chunk_backward_solve_hopper_kernel, p.config.backward_solve_hopper
+    launch(kernel, p.chunk_grid(slab),
         dx=grad if p.v is None else w.dm, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha,
         beta=p.beta, **solved.stored_x(), fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
         y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
         pi=w.pi, GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
         **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics,
-        **p.config.backward_solve.launch_options(),
+        **config.launch_options(),
     )  # fmt: skip
 
 
@@ -621,7 +669,7 @@ def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
     return p.empty() if tensor is None else tensor
 
 
-@replays(lambda: chunk_config)
+@replays(_configuration)
 def chunk_solve(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
     ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state,
@@ -629,6 +677,7 @@ def chunk_solve(
     p = _Problem(
         q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
         cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm,
+        when="forward",
     )  # fmt: skip
     with _on_device(q):
         want_kk = p.solve or output_final_state
@@ -642,14 +691,14 @@ def chunk_solve(
     return solved.x, _or_empty(p, kk.final), solved.fro
 
 
-@replays(lambda: chunk_config)
+@replays(_configuration)
 def chunk_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
     cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x,
 ):  # fmt: skip
     p = _Problem(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
-        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
+        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="forward",
     )  # fmt: skip
     with _on_device(q):
         want_kk = p.solve or output_final_state
@@ -769,7 +818,7 @@ def _backward_of_nothing(
     return tuple(gradients)
 
 
-@replays(lambda: chunk_config)
+@replays(_configuration)
 def chunk_solve_backward(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
     cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm,
@@ -780,13 +829,13 @@ def chunk_solve_backward(
     if q.numel() == 0:
         gradients = _backward_of_nothing(inputs, d_final_kk, None, q)
     else:
-        p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm)
+        p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm, when="backward")
         gradients = _backward(p, dx, _Pair(d_final_kk), _Solved(x, fro=fro), _NOTHING)
     dq, dk, _, d_log_decay, _, d_beta, *rest, d_initial_kk, _ = gradients
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
 
 
-@replays(lambda: chunk_config)
+@replays(_configuration)
 def chunk_gka_backward(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
@@ -798,13 +847,13 @@ def chunk_gka_backward(
     )  # fmt: skip
     if q.numel() == 0:
         return _backward_of_nothing(inputs, d_final_kk, d_final_kv, q)
-    p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
+    p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="backward")
     packed = x_scale.numel() > 0
     solved = _Solved(x, x_scale if packed else None, x_query if packed else None, fro)
     return _backward(p, d_output, _Pair(d_final_kk, d_final_kv), solved, _Pair(boundary_kk, boundary_kv))
 
 
-@replays(lambda: recurrent_config)
+@replays(_configuration)
 def recurrent_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
@@ -815,7 +864,12 @@ def recurrent_gka(
     if output.numel() == 0:
         return output
     block_d = _padded(D)
-    config = recurrent_config(block_d, _padded(V), T == 1)
+    options = _options(
+        log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, None, ridge_offset, num_iter, qk_l2norm,
+        H // k.shape[2],
+    )  # fmt: skip
+    problem = Problem("decode", _DTYPE_NAMES[q.dtype], D, V, 1, bucket(T), bucket(B * H), options)
+    config = choice.chosen(recurrent_config(block_d, _padded(V), T == 1), problem, _autotune_device(q))
     with _on_device(q):
         launch(recurrent_kernel, (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),

@@ -19,6 +19,7 @@ OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "examples", "tools")
 NUMERICS = "gka_ops.numerics"
 PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.distributed", "gka_ops.types", NUMERICS)
 TORCH = ("torch",)
+AUTOTUNE = ("choice", "config", "device", "fingerprint", "key", "space", "table", "tuner", "worker")
 
 # The first rule that matches a module decides. Nobody may import tests, perf or examples from outside these, nor the
 # folder names reference and autotune (they are gka_ops.reference and gka_ops.autotune).
@@ -67,20 +68,26 @@ RULES = (
         ours=(
             "gka_ops.triton.*",
             "gka_ops.recall",
+            "gka_ops.autotune.choice",
             "gka_ops.autotune.config",
-            "gka_ops.autotune.cache",
-            "gka_ops.autotune.heuristics",
+            "gka_ops.autotune.device",
+            "gka_ops.autotune.key",
             NUMERICS,
         ),
         third_party=("torch", "triton"),
     ),
     Rule("gka_ops.reference*", ours=("gka_ops.reference.*", NUMERICS), third_party=TORCH),
     Rule(
-        "gka_ops.autotune.cli",
-        ours=(*PUBLIC, "gka_ops.reference.*", "gka_ops.autotune.*"),
+        "gka_ops.autotune.measure",
+        ours=(*PUBLIC, "gka_ops.triton.*", "gka_ops.autotune.*"),
         third_party=TORCH,
     ),
-    Rule("gka_ops.autotune*", ours=("gka_ops.autotune.*", NUMERICS), third_party=TORCH),
+    Rule(
+        "gka_ops.autotune*",
+        ours=(*(f"gka_ops.autotune.{m}" for m in AUTOTUNE), NUMERICS),
+        lazy=("gka_ops.autotune.measure",),
+        third_party=("torch", "filelock", "platformdirs"),
+    ),
     Rule(
         "examples*",
         ours=(*PUBLIC, "gka_ops.reference*", "examples.*"),
@@ -192,7 +199,10 @@ def test_checker_takes_type_checking_imports_for_lazy(tmp_path: Path) -> None:
         ("gka_ops.ops", "from gka_ops.reference import backend", "gka_ops.reference"),
         ("gka_ops.ops", "def f():\n    from gka_ops.nn import GatedKalmaNet", "gka_ops.nn"),
         ("gka_ops.triton.launch", "from gka_ops.autotune.cli import main", "gka_ops.autotune.cli"),
+        ("gka_ops.triton.launch", "def f():\n    from gka_ops.autotune.tuner import tune", "gka_ops.autotune.tuner"),
         ("gka_ops.autotune.planted", "import triton", "triton"),
+        ("gka_ops.autotune.tuner", "from gka_ops.autotune.measure import Bench", "gka_ops.autotune.measure"),
+        ("gka_ops.autotune.choice", "def f():\n    from gka_ops.triton import launch", "gka_ops.triton"),
         ("gka_ops.numerics", "import torch", "torch"),
         ("gka_ops.api", "from tests.helpers import import_arrows", "tests.helpers"),
         ("examples.planted", "from gka_ops.triton.launch import chunk_gka", "gka_ops.triton.launch"),

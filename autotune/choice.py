@@ -1,0 +1,329 @@
+"""Which configuration runs: what tables say about a call, and where they say nothing, the heuristics.
+
+The order is: what :func:`override` forces; an entry for the very key; the one for the nearest buckets of N and T; the
+same two in tables of other cards of this compute capability; the heuristic of ``config.py``. This user's tables come
+before those that are shipped. Files are read once a process, and a choice is made once a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar, get_args
+
+import torch
+
+from gka_ops.autotune import space, table
+from gka_ops.autotune.config import ChunkConfig, RecurrentConfig, chunk_config, recurrent_config
+from gka_ops.autotune.device import Device, current
+from gka_ops.autotune.key import Key, Problem
+from gka_ops.autotune.space import Config, Parameters
+from gka_ops.autotune.table import Entry, Table
+
+Mode: TypeAlias = Literal["cached", "shipped"]
+"""Which tables count: this user's and the shipped ones, or the shipped ones alone, so that what runs depends on the
+version of the library and the card, and not on what was tuned on a machine."""
+
+Overrides: TypeAlias = tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...]
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+_MOST_CHOICES = 4096
+_MOST_FILES = 64  # of a folder
+
+
+class UntunedWarning(UserWarning):
+    """There are tables, and none has an entry for a kernel that runs."""
+
+
+class StaleWarning(UserWarning):
+    """An entry was skipped because the kernel, its space or Triton changed since."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a kernel runs with, and why.
+
+    Attributes:
+        key: what was looked up.
+        parameters: a value for each of the kernel's parameters.
+        origin: ``exact``, ``nearest``, ``architecture`` or ``heuristic``.
+        file, found, entry: the table's file, the key in it and what it says; ``None`` for a heuristic.
+        stale: why entries that would have come before were skipped.
+    """
+
+    key: Key
+    parameters: Parameters
+    origin: str
+    file: Path | None = None
+    found: Key | None = None
+    entry: Entry | None = None
+    stale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The tables of one card, and those of its kin, with their files; this user's first."""
+
+    own: list[tuple[Path, Table]]
+    kin: list[tuple[Path, Table]]
+    known: bool  # whether there is any table at all
+
+
+@dataclass(eq=False)
+class _Settings:
+    """What choices depend on beside the call; replaced as a whole when it changes."""
+
+    mode: Mode | None = None  # None: as the environment says
+    adopted: list[tuple[Path, Table]] | None = None  # in the place of all files
+    tables: dict[tuple[Mode, Device], _Tables] = field(default_factory=dict)
+    choices: dict[tuple[Mode, Key, Device], Choice] = field(default_factory=dict)
+    configs: dict[tuple[object, ...], ChunkConfig | RecurrentConfig] = field(default_factory=dict)
+
+
+_settings = _Settings()
+_lock = threading.RLock()
+_warned: set[tuple[str, str]] = set()
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+def state() -> tuple[object, Overrides]:
+    """What a recorded launch depends on: equal as long as all choices are."""
+    return _settings, _active() if _overridden else ()
+
+
+def use(mode: Mode | None) -> None:
+    """Says which tables count in this process; ``None``: what the environment variable GKA_OPS_AUTOTUNE says whenever a
+    choice is made, ``cached`` by default. A call that is already known keeps its choice when the variable changes."""
+    global _settings
+    if mode is not None and mode not in get_args(Mode):
+        raise ValueError(f"expected one of {get_args(Mode)} or None, got {mode!r}")
+    with _lock:
+        _settings = _Settings(mode, _settings.adopted)
+
+
+def reload() -> None:
+    """Reads the tables anew when they are next needed, and forgets what was chosen and adopted."""
+    adopt(None)
+
+
+def adopt(tables: list[tuple[Path, Table]] | None) -> None:
+    """Uses these tables, with the files that they came from, in the place of all files; ``None``: files again."""
+    global _settings
+    with _lock:
+        _settings = _Settings(_settings.mode, tables)
+
+
+def mode() -> Mode:
+    """Which tables count now."""
+    if _settings.mode is not None:
+        return _settings.mode
+    said = os.environ.get("GKA_OPS_AUTOTUNE", "cached")
+    for known in get_args(Mode):
+        if said == known:
+            return known
+    if _first("mode", said):
+        message = (
+            f"GKA_OPS_AUTOTUNE: expected one of {get_args(Mode)}, got {said[:40]!r}; shipped tables alone are used"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return "shipped"
+
+
+# ------------------------------------------------------------------------------------------------------------ overrides
+_overrides: ContextVar[Overrides] = ContextVar("gka_ops_autotune_overrides", default=())
+_overridden = False  # whether this process ever forced anything
+_IN_BACKWARD = "gka_ops_autotune_overrides"
+
+
+@contextlib.contextmanager
+def override(kernel: str, **parameters: int | None) -> Iterator[None]:
+    """Forces parameters of a kernel, also ones that are excluded from tuning, in the calls of a block.
+
+    That is for finding out which configuration is at fault. ``kernel`` is one of ``space.KERNELS``; what is not given
+    stays as it would be. It holds for this thread or task alone, and for the backward passes that are called in the
+    block. Raises ``ValueError`` for other names and values than those of the kernel's space.
+    """
+    global _overridden
+    if kernel not in space.KERNELS:
+        raise ValueError(f"expected a kernel among {', '.join(space.KERNELS)}, got {kernel!r}")
+    if reason := space.outside(kernel, parameters, some=True):
+        raise ValueError(f"{kernel}: {reason}")
+    before = {name: dict(forced) for name, forced in _overrides.get()}
+    forced = {**before, kernel: {**before.get(kernel, {}), **parameters}}
+    overrides = tuple(sorted((name, tuple(sorted(given.items()))) for name, given in forced.items()))
+    _overridden = True
+    token = _overrides.set(overrides)
+    _tell_backward()
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+        _tell_backward()
+
+
+def _tell_backward() -> None:
+    """Autograd's threads know nothing of this thread's context, but PyTorch hands them what is kept here."""
+    torch._C._stash_obj_in_tls(_IN_BACKWARD, _overrides.get())
+
+
+def _active() -> Overrides:
+    overrides = _overrides.get()
+    if not overrides and torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls(_IN_BACKWARD):
+        overrides = torch._C._get_obj_in_tls(_IN_BACKWARD)
+    return overrides
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def folders(mode: Mode) -> list[Path]:
+    """Where tables are looked for, in order."""
+    own = table.user_folder() if mode == "cached" else None
+    return [table.SHIPPED] if own is None else [own, table.SHIPPED]
+
+
+def _tables(settings: _Settings, mode: Mode, device: Device) -> _Tables:
+    with _lock:
+        if (mode, device) not in settings.tables:
+            found = read_all(mode) if settings.adopted is None else settings.adopted
+            settings.tables[mode, device] = _sorted(found, device)
+        return settings.tables[mode, device]
+
+
+def read_all(using: Mode | None = None) -> list[tuple[Path, Table]]:
+    """All tables that count, by default now, with their files, in order."""
+    found = ((path, table.read(path)) for folder in folders(using or mode()) for path in _files(folder))
+    return [(path, content) for path, content in found if content is not None]
+
+
+def _sorted(tables: list[tuple[Path, Table]], device: Device) -> _Tables:
+    filled = [(path, content) for path, content in tables if content.entries]
+    own = [item for item in filled if item[1].device == device]
+    kin = [item for item in filled if item not in own and item[1].device.capability == device.capability]
+    kin.sort(key=lambda item: abs(item[1].device.multiprocessors - device.multiprocessors))
+    return _Tables(own, kin, known=bool(filled))
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob(f"*.v{table.SCHEMA}.json"))[:_MOST_FILES]
+    except OSError:
+        return []
+
+
+# -------------------------------------------------------------------------------------------------------------- choices
+def lookup(key: Key, device: Device | None = None) -> Choice:
+    """What a kernel runs with on a card, by default the current one, without overrides."""
+    device = device or current(torch.cuda.current_device())
+    settings, using = _settings, mode()
+    choice = settings.choices.get((using, key, device))
+    if choice is None:
+        choice = _choose(_tables(settings, using, device), key, device)
+        _keep(settings.choices, (using, key, device), choice)
+    return choice
+
+
+def heuristic(key: Key, device: Device) -> Parameters:
+    """What a kernel runs with where no table says anything."""
+    config = heuristic_config(key.kernel, key.dtype, key.D, key.V, key.T)
+    return space.fitted(key.kernel, key, space.parameters_of(key.kernel, config), device)
+
+
+def heuristic_config(kernel: str, dtype: str, D: int, V: int, T: int) -> ChunkConfig | RecurrentConfig:
+    block_d, block_v = space.padded(D), space.padded(V or D)
+    if kernel == "recurrent":
+        return recurrent_config(block_d, block_v, T == 1)
+    return chunk_config(block_d, block_v, dtype == "fp32")
+
+
+def _choose(tables: _Tables, key: Key, device: Device) -> Choice:
+    stale: list[str] = []
+    choice = None
+    for tables_of, exact, near in ((tables.own, "exact", "nearest"), (tables.kin, "architecture", "architecture")):
+        for distance, path, known, entry in _by_distance(tables_of, key):
+            if reason := entry.stale(key.kernel):
+                stale.append(f"{known} in {path}: {reason}")
+            elif space.excluded(key.kernel, key, entry.parameters, device) is None:
+                origin = exact if distance == (0, 0) else near
+                choice = Choice(key, entry.parameters, origin, path, known, entry, tuple(stale))
+                break
+        if choice is not None:
+            break
+    if stale and _first("stale", key.kernel):
+        message = f"{len(stale)} entries of launch configurations are skipped, the first: {stale[0]}"
+        warnings.warn(f"{message}. To tune anew: {command(key)}", StaleWarning, stacklevel=2)
+    if choice is None:
+        choice = Choice(key, heuristic(key, device), "heuristic", stale=tuple(stale))
+        if tables.known and not stale and _first("untuned", key.kernel):
+            looked = " and ".join(str(folder / table.file_name(device)) for folder in folders(mode()))
+            message = f"no launch configuration for {key} on {device.name} in {looked}: a heuristic is used"
+            warnings.warn(f"{message}. To tune it: {command(key)}", UntunedWarning, stacklevel=2)
+    return choice
+
+
+def _by_distance(tables: list[tuple[Path, Table]], key: Key) -> list[tuple[tuple[int, int], Path, Key, Entry]]:
+    found = [
+        (distance, path, known, entry)
+        for path, content in tables
+        for known, entry in content.entries.items()
+        if (distance := key.distance(known)) is not None
+    ]
+    return sorted(found, key=lambda item: item[0])
+
+
+def command(key: Key) -> str:
+    """What tunes a key."""
+    return f"gka-autotune tune --key {key}"
+
+
+def _first(kind: str, what: str) -> bool:
+    """Whether this is the first time in this process."""
+    with _lock:
+        if (kind, what) in _warned:
+            return False
+        _warned.add((kind, what))
+        return True
+
+
+def _keep(choices: dict[_K, _V], key: _K, choice: _V) -> None:
+    with _lock:
+        if len(choices) >= _MOST_CHOICES:
+            choices.clear()
+        choices[key] = choice
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+def chosen(config: Config, problem: Problem, device: Device | None) -> Config:
+    """The configuration that a call is launched with.
+
+    ``config``: the heuristic's; any other object was meant by whoever made it, and only overrides change it.
+    ``device``: ``None`` for the interpreter, which has no tables.
+    """
+    settings, overrides = _settings, _active() if _overridden else ()
+    if device is None and not overrides:
+        return config
+    key = (config, problem, device, overrides, mode())
+    known = settings.configs.get(key)
+    if known is None:
+        known = _configure(config, problem, device, overrides)
+        _keep(settings.configs, key, known)
+    return known  # type: ignore[return-value]
+
+
+def _configure(config: Config, problem: Problem, device: Device | None, overrides: Overrides) -> Config:
+    kernels = space.kernels_of(problem, config, device)
+    own = heuristic_config(kernels[0], problem.dtype, problem.D, problem.V, problem.T)
+    if device is not None and config is own:
+        for kernel in kernels:
+            parameters = lookup(space.KERNELS[kernel].key(problem), device).parameters
+            config = space.with_parameters(kernel, config, parameters)
+    for kernel, forced in overrides:
+        if (kernel == "recurrent") == (problem.when == "decode"):
+            config = space.with_parameters(kernel, config, dict(forced))
+    return config

@@ -1,0 +1,120 @@
+"""A hash of a kernel's code and of all that it calls, by which entries of a table are known to be stale.
+
+It reads source files and imports nothing, so it is the same with and without a card, Triton or its interpreter, and in
+every version of Python. Comments, docstrings and line numbers do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import tokenize
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from gka_ops import numerics
+from gka_ops.autotune import space
+
+_PACKAGE = Path(numerics.__file__).resolve().parent
+_IGNORED = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER})
+_LAYOUT = {tokenize.NEWLINE: "\n", tokenize.INDENT: ">", tokenize.DEDENT: "<"}
+
+
+@cache
+def fingerprint(kernel: str) -> str:
+    """Of a kernel of ``space.KERNELS``: its code and its space."""
+    file, function = space.KERNELS[kernel].source
+    try:
+        code = "".join(_closure(_PACKAGE / "triton" / "kernels" / file, function).values())
+        rules = "".join(_closure(Path(space.__file__).resolve(), "excluded").values())
+    except (OSError, KeyError, SyntaxError):  # installed without its source, say: no entry fits
+        code, rules = "unknown", "unknown"
+    return hashlib.sha256("\0".join((code, rules, repr(space.KERNELS[kernel]))).encode()).hexdigest()[:16]
+
+
+@cache
+def triton_version() -> str:
+    """The release that is installed, without importing it; empty where there is none."""
+    for distribution in ("triton", "pytorch-triton"):
+        try:
+            return metadata.version(distribution).split("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+@dataclass
+class _Module:
+    """A file's text, its top-level definitions, and where imported names come from."""
+
+    lines: list[str]
+    defined: dict[str, ast.stmt] = field(default_factory=dict)
+    imported: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+
+@cache
+def _module(path: Path) -> _Module:
+    source = path.read_text(encoding="utf-8")
+    module = _Module(source.splitlines(keepends=True))
+    for statement in ast.parse(source).body:
+        names: list[str] = []
+        match statement:
+            case ast.FunctionDef() | ast.ClassDef():
+                names = [statement.name]
+            case ast.Assign():
+                names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names = [name]
+            case ast.ImportFrom(module=str(origin)) if origin.startswith("gka_ops."):
+                file = _PACKAGE.joinpath(*origin.split(".")[1:]).with_suffix(".py")
+                module.imported |= {alias.asname or alias.name: (file, alias.name) for alias in statement.names}
+        module.defined |= dict.fromkeys(names, statement)
+    return module
+
+
+@cache
+def _definition(path: Path, name: str) -> tuple[str, frozenset[str]]:
+    """A definition's code, and the names that it uses."""
+    module = _module(path)
+    statement = module.defined[name]
+    uses = frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return _normalised(module.lines, statement), uses
+
+
+def _normalised(source: list[str], statement: ast.stmt) -> str:
+    """The statement's tokens. Not its syntax tree, whose form depends on the version of Python."""
+    decorators = statement.decorator_list if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else []
+    first = min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+    lines = source[first - 1 : statement.end_lineno]
+    docstrings = {
+        (node.body[0].lineno - first + 1, node.body[0].col_offset)
+        for node in ast.walk(statement)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None
+    }
+    words = [
+        _LAYOUT.get(token.type, token.string)
+        for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
+        if token.type not in _IGNORED and not (token.type == tokenize.STRING and token.start in docstrings)
+    ]
+    return " ".join(words)
+
+
+def _closure(path: Path, name: str) -> dict[tuple[str, str], str]:
+    """The definition of ``name`` and, in an order that depends on names alone, of what it uses of this package."""
+    found: dict[tuple[str, str], str] = {}
+    waiting = [(path, name)]
+    while waiting:
+        file, name = waiting.pop()
+        module = _module(file)
+        if (file.name, name) in found:
+            continue
+        found[file.name, name], uses = _definition(file, name)
+        for used in uses:
+            if used in module.defined:
+                waiting.append((file, used))
+            elif used in module.imported and module.imported[used][0].is_file():
+                waiting.append(module.imported[used])
+    return dict(sorted(found.items()))

@@ -1,0 +1,239 @@
+"""Runs candidates on a card: the bench of ``tuner``. It belongs into a process of its own, whose launches it changes.
+
+An operator is run with the candidate forced. Of its launches, the one in question is picked: it is compiled only, or
+repeated with the same arguments and timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gka_ops
+from gka_ops.autotune import choice, space
+from gka_ops.autotune.key import Key
+from gka_ops.autotune.space import Parameters
+from gka_ops.triton import launch, launcher
+
+_operators: Any = launch  # whose function ``launch`` is replaced
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MOST_HEADS = 32  # more of N are sequences
+_MOST_ELEMENTS = 2**29  # of q; longer sequences are cut for timing, where programs come in many waves anyway
+_MOST_INACCURATE = 1.25  # times the error of the heuristic
+_LEAST_ERROR = 1e-6
+_WARM_UP, _SAMPLES, _REPEATS = 3, 5, 10
+
+
+class _Enough(Exception):  # noqa: N818  (no error: what was wanted is there)
+    """The launch that was waited for has come."""
+
+
+class Bench:
+    """See ``tuner.Bench``. ``device``: ``cpu`` runs Triton's interpreter, which cannot compile or time."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self._device = device
+        self._exact: dict[Key, dict[str, Tensor]] = {}
+        self._allowed: dict[Key, dict[str, float]] = {}
+        self._timed: Key | None = None
+        self._inputs: dict[str, Any] = {}
+        launcher._replayable = lambda tensor: False  # every launch passes by ``launch``
+
+    def compile(self, key: Key, parameters: Parameters) -> dict[str, int]:
+        found: dict[str, int] = {}
+
+        def compiled(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+            binary = kernel.warmup(grid=grid, **arguments)
+            binary.run  # noqa: B018  (a property that loads)
+            found["registers"], found["spills"] = binary.n_regs, binary.n_spills
+            found["shared_memory"] = binary.metadata.shared
+            raise _Enough
+
+        self._run_until(key, parameters, _inputs(key, self._device, small=True), compiled)
+        return found
+
+    def check(self, key: Key, parameters: Parameters) -> str | None:
+        inputs = _inputs(key, self._device, small=True)
+        if key not in self._allowed:
+            wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+            self._exact[key] = _results(key, wide, "reference")
+            ordinary = _errors(_results(key, inputs, "triton"), self._exact[key])
+            self._allowed[key] = {name: _MOST_INACCURATE * e + _LEAST_ERROR for name, e in ordinary.items()}
+        launches = []
+        with _forced(key, parameters), _watched(key, lambda *launched: launches.append(launched)):
+            errors = _errors(_results(key, inputs, "triton"), self._exact[key])
+        if not launches:
+            raise RuntimeError(f"{key} is not launched by such a call")
+        wrong = [
+            f"{name} differs by {error:.1e}, of {self._allowed[key][name]:.1e} allowed"
+            for name, error in errors.items()
+            if not error <= self._allowed[key][name]
+        ]
+        return f"wrong: {'; '.join(wrong)}" if wrong else None
+
+    def time(self, key: Key, parameters: Parameters) -> float:
+        if self._timed != key:
+            self._timed, self._inputs = key, _inputs(key, self._device, small=False)
+        samples: list[float] = []
+
+        def timed(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+            for _ in range(_WARM_UP):
+                kernel[grid](**arguments)
+            for _ in range(_SAMPLES):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(_REPEATS):
+                    kernel[grid](**arguments)
+                end.record()
+                end.synchronize()
+                samples.append(1e3 * start.elapsed_time(end) / _REPEATS)
+            raise _Enough
+
+        self._run_until(key, parameters, self._inputs, timed)
+        return statistics.median(samples)
+
+    def _run_until(
+        self, key: Key, parameters: Parameters, inputs: dict[str, Any], do: Callable[[Any, Any, dict[str, Any]], None]
+    ) -> None:
+        """Runs the operator up to the launch in question, and does that in its place."""
+        try:
+            with _forced(key, parameters), _watched(key, do):
+                _results(key, inputs, "triton")
+        except _Enough:
+            return
+        raise RuntimeError(f"{key} is not launched by such a call")
+
+
+@contextmanager
+def _forced(key: Key, parameters: Parameters) -> Iterator[None]:
+    with choice.override(key.kernel, **parameters):
+        yield
+
+
+@contextmanager
+def _watched(key: Key, see: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[None]:
+    """Shows the launches of a key's kernel in its pass, before they happen."""
+    ordinary = _operators.launch
+    _, function = space.KERNELS[key.kernel].source
+
+    def watching(kernel: Any, grid: Any, /, **arguments: Any) -> None:
+        in_pass = key.when != "backward" or torch._C._current_graph_task_id() != -1
+        if kernel.fn.__name__ == function and in_pass:
+            see(kernel, grid, arguments)
+        ordinary(kernel, grid, **arguments)
+
+    _operators.launch = watching
+    try:
+        yield
+    finally:
+        _operators.launch = ordinary
+
+
+def _inputs(key: Key, device: str, *, small: bool) -> dict[str, Any]:
+    """Arguments of a call that launches the kernel with the key's options; few tokens, or as many as the key says."""
+    H = min(key.N, _MOST_HEADS)
+    sequences = max(1, key.N // H)
+    length = 3 * key.C + 17 if small and key.when != "decode" else key.T
+    if small:
+        sequences = min(sequences, 2)
+    if not small and key.when != "decode":
+        length = max(key.C, min(length, _MOST_ELEMENTS // (sequences * H * key.D)))
+    B, T = sequences, length
+    options = set(key.options)
+    if "varlen" in options:
+        sequences = max(sequences, 2)
+        B, T = 1, length * (sequences if small else 1)
+    dtype = _DTYPES[key.dtype]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, kind)
+
+    Hkv = H // 2 if "gqa" in options else H
+    V = key.V if space.KERNELS[key.kernel].values else key.D
+    q, k = normal(B, T, H, key.D), normal(B, T, Hkv, key.D)
+    if "l2norm" not in options:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    inputs: dict[str, Any] = {"q": q.to(dtype), "k": k.to(dtype)}
+    if V:
+        inputs["v"] = normal(B, T, Hkv, V, kind=dtype)
+    for name in ("alpha", "beta"):
+        if name in options:
+            inputs[name] = normal(B, T, H).sigmoid()
+    if "gate" in options:
+        inputs |= {"log_decay": normal(B, T, H), "A_log": normal(H) - 4, "dt_bias": normal(H)}
+    elif "decay" in options:
+        inputs["log_decay"] = -0.02 * normal(B, T, H).sigmoid()
+    tensors = []
+    if "ridge_token" in options:
+        tensors.append(0.02 + 0.02 * normal(B, T, H).sigmoid())
+    if "ridge_head" in options:
+        tensors.append(0.02 + 0.02 * normal(H).sigmoid())
+    inputs |= dict(zip(("ridge_scale", "ridge_offset"), tensors, strict=False))
+    if "ridge_offset" in options:
+        inputs.setdefault("ridge_offset", 0.02)
+    if "varlen" in options:
+        bounds = [T * i // sequences for i in range(sequences + 1)]
+        inputs["cu_seqlens"] = torch.tensor(bounds, device=device)
+    if key.when == "decode":
+        kk = normal(B, H, key.D, key.D)
+        inputs |= {"kk": kk @ kk.mT / key.D, "kv": normal(B, H, key.D, V)}
+    return inputs
+
+
+def _results(key: Key, inputs: dict[str, Any], impl: str) -> dict[str, Tensor]:
+    """What a call returns, and the gradients of its inputs where the key is one of a backward."""
+    backward = key.when == "backward"
+    given = {
+        name: value.detach().clone().requires_grad_(backward and value.is_floating_point())
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+    call: dict[str, Any] = dict(given)
+    scale, offset = call.pop("ridge_scale", 0.02), call.pop("ridge_offset", 0.0)
+    least = 0.02 if isinstance(scale, Tensor) else None
+    A_log, dt_bias = call.pop("A_log", None), call.pop("dt_bias", None)
+    call |= {
+        "ridge": gka_ops.Ridge(scale, offset, least),
+        "gate": None if A_log is None else gka_ops.DecayGate(A_log, dt_bias),
+        "num_iter": "auto" if _solves(key) else 0,
+        "qk_l2norm": "l2norm" in key.options,
+        "impl": impl,
+    }
+    with torch.set_grad_enabled(backward):
+        if key.when == "decode":
+            state = gka_ops.GKAState(call.pop("kk"), call.pop("kv"))
+            output = gka_ops.recurrent_gka(**call, state=state)
+            return {"output": output, "kk": state.kk, "kv": state.kv}
+        operator: Any = gka_ops.chunk_gka if "v" in call else gka_ops.chunk_solve
+        output = operator(**call)[0]
+        if not backward:
+            return {"output": output}
+        generator = torch.Generator().manual_seed(1)
+        output.backward(torch.randn(output.shape, generator=generator).to(output.device, output.dtype))
+    return {name: value.grad for name, value in given.items() if isinstance(value, Tensor) and value.grad is not None}
+
+
+def _solves(key: Key) -> bool:
+    return "solve" in key.options or "solve" not in space.KERNELS[key.kernel].options
+
+
+def _errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """‖Δ‖/‖·‖ of every result, and of the token for which it is largest."""
+    errors = {}
+    for name, value in results.items():
+        reference = exact[name]
+        rows = reference.double().reshape(-1, reference.shape[-1])
+        difference = value.double().reshape(rows.shape) - rows
+        size = rows.square().sum()
+        worst = difference.square().sum(-1).max() * rows.shape[0]
+        errors[name] = float((difference.square().sum() / size).sqrt())
+        errors[f"a row of {name}"] = float((worst / size).sqrt())
+    return errors

@@ -1,0 +1,95 @@
+"""Processes in which candidates are compiled and run: one that crashes or hangs takes nothing else with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class WorkerError(Exception):
+    """What was asked of a worker was not done; the message says why."""
+
+
+class Worker:
+    """A process that holds what ``make()`` returned, and calls its methods within a time limit.
+
+    It is started when it is first needed and again after a failure, since a card that met an error in a process serves
+    that process no more.
+    """
+
+    def __init__(self, make: Callable[[], Any], method: str = "spawn") -> None:
+        self._make = make
+        self._context: Any = multiprocessing.get_context(method)
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def call(self, method: str, *arguments: Any, seconds: float) -> Any:
+        """The method's result. Raises :class:`WorkerError` where it raises, crashes or takes longer."""
+        if self._process is None:
+            self._start(seconds)
+        try:
+            self._pipe.send((method, arguments))
+            return self._answer(seconds, "hung")
+        except OSError as error:
+            self.close()
+            raise WorkerError(f"crashed: {error}") from None
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, seconds: float) -> None:
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs, self._make), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer(max(seconds, 120.0), "did not start")  # imports take their time
+
+    def _answer(self, seconds: float, late: str) -> Any:
+        if not self._pipe.poll(seconds):
+            self.close()
+            raise WorkerError(f"{late}: no answer within {seconds:.0f} s")
+        try:
+            succeeded, value = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            self.close()
+            raise WorkerError(f"crashed: {_signal(code)}") from None
+        if not succeeded:
+            self.close()
+            raise WorkerError(f"failed: {value}")
+        return value
+
+
+def _signal(code: int) -> str:
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
+    try:
+        target = make()
+        pipe.send((True, None))
+        while True:
+            method, arguments = pipe.recv()
+            pipe.send((True, getattr(target, method)(*arguments)))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except BaseException as error:
+        pipe.send((False, f"{type(error).__name__}: {str(error)[:500]}"))

@@ -1,0 +1,238 @@
+"""``gka-autotune``: what it prints and its exit codes, for cards that are not here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gka_ops.autotune import choice, cli, table, tuner
+from gka_ops.autotune.worker import WorkerError
+from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, key_of
+
+KEY = key_of()
+OTHER = key_of(problem=FORWARD._replace(T=64))
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(tmp_path / "user"))
+    monkeypatch.delenv("GKA_OPS_AUTOTUNE", raising=False)
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(tuner, "_RUN_SECONDS", 0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choice.reload()
+    yield tmp_path / "user"
+    choice.reload()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        choice.reload()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 with a bench that needs none."""
+    monkeypatch.setattr(cli, "_card", lambda name: H100)
+
+
+def add(folder: Path, key: Any = KEY, device: Any = H100, **changed: Any) -> Path:
+    path = folder / table.file_name(device)
+    assert table.add(path, device, {key: entry(key, **changed)})
+    return path
+
+
+def test_the_command_is_installed() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["gka-autotune"] == f"{cli.__name__}:{cli.main.__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- usage
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("polish",),
+        ("explain", "readout"),
+        ("explain", str(KEY).replace("readout", "matmul")),
+        ("explain", str(KEY).replace("forward", "backward")),
+        ("show", "--options", "magic"),
+        ("show", "--tokens", "0"),
+        ("merge", "out.json"),
+    ],
+)
+def test_a_command_line_that_is_not_understood(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("command", [("show",), ("tune", "--tokens", 64), ("verify",), ("export", "x.json")])
+def test_no_card(run: Run, command: tuple[object, ...]) -> None:
+    code, _, errors = run(*command)
+    assert code == 3 and "expected a CUDA card" in errors
+
+
+def test_a_card_that_no_table_is_for(run: Run, folder: Path) -> None:
+    add(folder)
+    code, _, errors = run("show", "--card", "RTX")
+    assert code == 3 and H100.name in errors
+
+
+# ----------------------------------------------------------------------------------------------------------------- show
+def test_show(run: Run, folder: Path) -> None:
+    path = add(folder, num_warps=8)
+    code, output, _ = run("show", "--card", "h100")
+    assert code == 0
+    title, header, _, row = output.splitlines()
+    assert title == f"{H100.name}, tables: cached"
+    assert header.split() == ["key", "parameters", "time,", "gain", "origin", "file"]
+    assert row.split()[0] == str(KEY) and "num_warps=8" in row and "10.0 µs, 1.20x" in row
+    assert row.split()[-2:] == ["exact", str(path)]
+
+
+@pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
+def test_show_a_shape(run: Run, folder: Path) -> None:
+    add(folder)
+    shape = ("--tokens", 1000, "--batch", 2, "--options", "beta,decay,l2norm,solve")
+    code, output, _ = run("show", "--card", "h100", *shape, "--pass", "forward", "decode")
+    assert code == 0
+    kernels = [line.split("/")[0] for line in output.splitlines()[3:]]
+    assert kernels == ["readout", "recurrent", "solve_hopper", "state"]
+    assert "nearest" in output and "heuristic" in output
+
+
+def test_show_without_an_entry(run: Run, card: None) -> None:
+    code, output, _ = run("show")
+    assert code == 1 and "no table has an entry" in output
+
+
+@pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.StaleWarning")
+def test_show_says_that_an_entry_is_stale(run: Run, folder: Path) -> None:
+    add(folder, triton="3.0.0")
+    code, output, _ = run("show", "--card", "h100")
+    assert code == 0 and "heuristic, stale entries skipped" in output
+
+
+# -------------------------------------------------------------------------------------------------------------- explain
+def test_explain(run: Run, folder: Path, card: None) -> None:
+    forkserver()
+    make = functools.partial(FakeBench, folder.parent / "log")
+    tuner.tune_key(KEY, H100, make, deadline=time.monotonic() + 60, workers=1, method="forkserver")
+    code, output, _ = run("explain", KEY, "--top", 2)
+    assert code == 0
+    assert "27 candidates: 14 timed, 13 failed, 0 combinations left out" in output
+    lines = output.splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("µs"))) + 2
+    assert lines[first].split()[:4] == ["5.0", "128", "0", "1024"] and "num_warps=8" in lines[first]
+    assert lines[first + 2] == ""
+    assert "check crashed: SIGSEGV" in output and "output differs by 0.5" in output
+
+
+def test_explain_what_was_left_out(run: Run, card: None) -> None:
+    key = key_of("backward_key", FORWARD._replace(when="backward", D=32, V=64))
+    code, output, _ = run("explain", key)
+    assert code == 1 and "NOTE [Hopper miscompile]" in output
+
+
+# ----------------------------------------------------------------------------------------------------- export and merge
+@pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.StaleWarning")
+def test_export(run: Run, folder: Path, tmp_path: Path) -> None:
+    add(folder, num_warps=8)
+    add(folder, OTHER, fingerprint="0")
+    target = tmp_path / "new" / "table.json"
+    code, output, _ = run("export", target, "--card", "h100")
+    assert code == 0 and "1 entries" in output
+    found = table.read(target)
+    assert found is not None and found.device == H100 and found.entries.keys() == {KEY}
+    (folder / table.file_name(H100)).unlink()
+    add(folder.parent / "shipped")
+    code, _, errors = run("export", target, "--card", "h100")
+    assert code == 1 and "nothing to export" in errors
+
+
+def test_merge(run: Run, tmp_path: Path) -> None:
+    first = add(tmp_path / "a", num_warps=8, tuned="2026-01-02")
+    second = add(tmp_path / "b", num_warps=2, tuned="2026-01-03")
+    add(tmp_path / "b", OTHER)
+    third = add(tmp_path / "c", num_warps=4, tuned="2026-01-04", triton="3.0.0")
+    target = tmp_path / "merged.json"
+    code, output, _ = run("merge", target, third, first, second)
+    assert code == 0 and "2 entries" in output
+    found = table.read(target)
+    assert found is not None and found.entries.keys() == {KEY, OTHER}
+    assert found.entries[KEY].parameters["num_warps"] == 2, "the newest that is not stale"
+
+
+def test_merge_refuses(run: Run, tmp_path: Path) -> None:
+    first, other = add(tmp_path / "a"), add(tmp_path / "b", device=H200)
+    target = tmp_path / "merged.json"
+    code, _, errors = run("merge", target, first, other)
+    assert code == 1 and "tables of one card" in errors
+    code, _, errors = run("merge", target, first, tmp_path / "none.json")
+    assert code == 1 and "no table" in errors
+    other.write_text("{")
+    with pytest.warns(table.TableWarning):
+        code, _, errors = run("merge", target, first, other)
+    assert code == 1 and not target.exists()
+
+
+# ------------------------------------------------------------------------------------------------------ tune and verify
+def test_tune(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    forkserver()
+    monkeypatch.setattr(cli, "_bench", lambda: functools.partial(FakeBench, folder.parent / "log"))
+    monkeypatch.setattr(tuner, "tune", functools.partial(tuner.tune, method="forkserver"))
+    code, _, errors = run("tune")
+    assert code == 2 and "nothing to tune" in errors
+    code, output, _ = run("tune", "--key", KEY, "--workers", 1, "--time-budget", 60)
+    assert code == 0 and output.splitlines()[-1].startswith(f"{KEY}  heuristic  num_warps=8 num_stages=2")
+    content = json.loads((folder / table.file_name(H100)).read_text())
+    assert content["entries"][str(KEY)]["parameters"]["num_warps"] == 8
+
+
+def test_verify(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checks:
+        def __init__(self, make: Any) -> None:
+            pass
+
+        def __enter__(self) -> Checks:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def call(self, method: str, key: Any, parameters: Any, *, seconds: float) -> str | None:
+            assert method == "check"
+            if parameters["num_warps"] == 2:
+                raise WorkerError("hung: no answer within 300 s")
+            return "wrong: output differs" if parameters["num_warps"] == 8 else None
+
+    monkeypatch.setattr(cli, "Worker", Checks)
+    monkeypatch.setattr(cli, "_bench", lambda: None)
+    add(folder)
+    code, output, _ = run("verify")
+    assert code == 0 and "right" in output
+    for changed, verdict in (
+        ({"num_warps": 8}, "wrong: output differs"),
+        ({"num_warps": 2}, "hung"),
+        ({"triton": "3.0.0"}, "tuned with Triton 3.0.0"),
+    ):
+        add(folder, OTHER, **changed)
+        code, output, _ = run("verify")
+        assert code == 1 and verdict in output

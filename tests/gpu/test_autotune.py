@@ -1,0 +1,102 @@
+"""Launch configurations on a card: what reaches the kernels, and the bench that tunes them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gka_ops import autotune
+from gka_ops.autotune import choice, cli, device, space, table, tuner
+from gka_ops.autotune.key import Problem
+from gka_ops.autotune.worker import Worker
+from tests.helpers.autotune import entry
+from tests.helpers.problems import make_problem, run_gka
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {"B": 1, "T": 300, "H": 2, "D": 64, "dtype": torch.bfloat16, "device": "cuda", "qk_l2norm": True}
+FORWARD = Problem("forward", "bf16", 64, 64, 64, 512, 2, frozenset({"alpha", "beta", "decay", "l2norm", "solve"}))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(tmp_path))
+    choice.reload()
+    yield tmp_path
+    choice.reload()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The last arguments of every kernel that is launched and not replayed."""
+    from gka_ops.triton import launch
+
+    found: dict[str, dict[str, Any]] = {}
+    ordinary = launch.launch
+
+    def noted(kernel: Any, grid: Any, /, **arguments: Any) -> None:
+        found[kernel.fn.__name__] = arguments
+        ordinary(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    return found
+
+
+def test_a_card_without_tables_runs_the_heuristic() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = choice.lookup(space.KERNELS["readout"].key(FORWARD), device.current(0))
+    assert found.origin == "heuristic" and found.parameters["num_warps"] == 4
+
+
+def test_overrides_reach_the_backward_pass(launched: dict[str, dict[str, Any]]) -> None:
+    problem = make_problem(**SHAPE).requiring_grad()
+    with autotune.override("backward_key", num_warps=8), autotune.override("readout", num_warps=8):
+        run_gka(problem, num_iter=20, impl="triton")["output"].float().sum().backward()
+    assert launched["chunk_readout_kernel"]["num_warps"] == 8
+    assert launched["chunk_backward_key_kernel"]["num_warps"] == 8
+    run_gka(problem, num_iter=20, impl="triton")["output"].float().sum().backward()
+    assert launched["chunk_backward_key_kernel"]["num_warps"] == 4
+
+
+@pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
+def test_a_new_table_is_not_replayed_over(folder: Path, launched: dict[str, dict[str, Any]]) -> None:
+    problem, card = make_problem(**SHAPE), device.current(0)
+    for _ in range(3):
+        run_gka(problem, num_iter=20, impl="triton")
+    launched.clear()
+    run_gka(problem, num_iter=20, impl="triton")
+    assert not launched, "known by now"
+    key = space.KERNELS["readout"].key(FORWARD)
+    table.add(folder / table.file_name(card), card, {key: entry(key, num_warps=8)})
+    choice.reload()
+    run_gka(problem, num_iter=20, impl="triton")
+    assert launched["chunk_readout_kernel"]["num_warps"] == 8
+
+
+def test_a_kernel_is_tuned(folder: Path) -> None:
+    card = device.current(0)
+    key = space.KERNELS["readout"].key(FORWARD)
+    results = tuner.tune([key], card, cli._bench(), seconds=240, workers=4)
+    assert results[0].entry is not None and results[0].entry.microseconds > 0
+    assert choice.lookup(key, card).origin == "exact"
+    assert any(outcome.resources["registers"] for outcome in results[0].outcomes if outcome.resources)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="of Hopper")
+def test_the_miscompile_is_found() -> None:
+    """NOTE [Hopper miscompile]: the check has to find what the space excludes."""
+    options = frozenset({"beta", "decay", "l2norm", "solve"})
+    key = space.KERNELS["backward_key"].key(Problem("backward", "bf16", 32, 64, 64, 512, 2, options))
+    parameters = choice.heuristic(key, device.current(0))
+    with Worker(functools.partial(cli._make_bench, 0)) as worker:
+        assert worker.call("check", key, parameters, seconds=200) is None
+        found = worker.call("check", key, {**parameters, "num_warps": 4}, seconds=200)
+    assert found is not None and found.startswith("wrong:") and "k differs" in found, found
