@@ -13,9 +13,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -26,9 +26,10 @@ from gka_ops.autotune.key import Key, Problem
 from gka_ops.autotune.space import Config, Parameters
 from gka_ops.autotune.table import Entry, Table
 
-Mode: TypeAlias = Literal["cached", "shipped"]
-"""Which tables count: this user's and the shipped ones, or the shipped ones alone, so that what runs depends on the
-version of the library and the card, and not on what was tuned on a machine."""
+Mode: TypeAlias = Literal["cached", "shipped", "tune"]
+"""Which tables count: this user's and the shipped ones (``cached``), or the shipped ones alone (``shipped``), so that
+what runs depends on the version of the library and the card, and not on what was tuned on a machine. ``tune`` is
+``cached``, and calls tune what no table knows."""
 
 Overrides: TypeAlias = tuple[tuple[str, tuple[tuple[str, int | None], ...]], ...]
 
@@ -37,6 +38,7 @@ _V = TypeVar("_V")
 
 _MOST_CHOICES = 4096
 _MOST_FILES = 64  # of a folder
+_MISS_SECONDS = 60.0
 
 
 class UntunedWarning(UserWarning):
@@ -77,15 +79,25 @@ class _Tables:
     known: bool  # whether there is any table at all
 
 
+@dataclass(frozen=True)
+class _Configured:
+    """A call's configuration, with what its key names by identity, which has to live as long."""
+
+    config: ChunkConfig | RecurrentConfig
+    heuristic: ChunkConfig | RecurrentConfig
+    device: Device | None
+
+
 @dataclass(eq=False)
 class _Settings:
-    """What choices depend on beside the call; replaced as a whole when it changes."""
+    """What choices depend on beside the call, and what they were; replaced as a whole when it changes."""
 
     mode: Mode | None = None  # None: as the environment says
+    miss_seconds: float = _MISS_SECONDS
     adopted: list[tuple[Path, Table]] | None = None  # in the place of all files
-    tables: dict[tuple[Mode, Device], _Tables] = field(default_factory=dict)
-    choices: dict[tuple[Mode, Key, Device], Choice] = field(default_factory=dict)
-    configs: dict[tuple[object, ...], ChunkConfig | RecurrentConfig] = field(default_factory=dict)
+    tables: dict[tuple[Mode, Device], _Tables] = field(default_factory=dict, init=False)
+    choices: dict[tuple[Mode, Key, Device], Choice] = field(default_factory=dict, init=False)
+    configs: dict[tuple[object, ...], _Configured] = field(default_factory=dict, init=False)
 
 
 _settings = _Settings()
@@ -102,11 +114,34 @@ def state() -> tuple[object, Overrides]:
 def use(mode: Mode | None) -> None:
     """Says which tables count in this process; ``None``: what the environment variable GKA_OPS_AUTOTUNE says whenever a
     choice is made, ``cached`` by default. A call that is already known keeps its choice when the variable changes."""
-    global _settings
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"expected one of {get_args(Mode)} or None, got {mode!r}")
-    with _lock:
-        _settings = _Settings(mode, _settings.adopted)
+    _change(mode=mode)
+
+
+def enable(seconds: float = _MISS_SECONDS) -> contextlib.AbstractContextManager[Any]:
+    """Lets calls tune: one whose kernels no table knows tunes them before it launches them, and keeps what was found.
+
+    From now on, or in the block of a ``with`` statement. The environment variable GKA_OPS_AUTOTUNE=tune does the same.
+    A kernel is tuned once a process, in a process beside this one, into this user's table. Nothing is tuned while a
+    CUDA graph is captured or ``torch.compile`` traces, in a training step, in a distributed job (there,
+    :func:`~gka_ops.autotune.tune` does it on all ranks at once), and by ``chunk_solve``, which cannot tell a training
+    step; the tables' or the heuristics' choice runs. So it does, with one warning, where tuning fails.
+
+    ``seconds``: the time that one call may take for it, beside the start of processes.
+    """
+    if not seconds >= 1:
+        raise ValueError(f"expected at least one second, got {seconds}")
+    before = _settings
+    _change(mode="tune", miss_seconds=seconds)
+    block = contextlib.ExitStack()
+    block.callback(_change, mode=before.mode, miss_seconds=before.miss_seconds)
+    return block
+
+
+def disable() -> None:
+    """Calls use tables only from now on, this user's among them, also where the environment variable says ``tune``."""
+    use("cached")
 
 
 def reload() -> None:
@@ -115,10 +150,17 @@ def reload() -> None:
 
 
 def adopt(tables: list[tuple[Path, Table]] | None) -> None:
-    """Uses these tables, with the files that they came from, in the place of all files; ``None``: files again."""
+    """Uses these tables, with the files that they came from, in the place of all files; ``None``: files again.
+
+    Without any table, the heuristics run. While tables are adopted, no call tunes.
+    """
+    _change(adopted=tables)
+
+
+def _change(**changed: Any) -> None:
     global _settings
     with _lock:
-        _settings = _Settings(_settings.mode, tables)
+        _settings = replace(_settings, **changed)
 
 
 def mode() -> Mode:
@@ -129,7 +171,7 @@ def mode() -> Mode:
     for known in get_args(Mode):
         if said == known:
             return known
-    if _first("mode", said):
+    if first("mode", said):
         message = (
             f"GKA_OPS_AUTOTUNE: expected one of {get_args(Mode)}, got {said[:40]!r}; shipped tables alone are used"
         )
@@ -184,7 +226,7 @@ def _active() -> Overrides:
 # --------------------------------------------------------------------------------------------------------------- tables
 def folders(mode: Mode) -> list[Path]:
     """Where tables are looked for, in order."""
-    own = table.user_folder() if mode == "cached" else None
+    own = None if mode == "shipped" else table.user_folder()
     return [table.SHIPPED] if own is None else [own, table.SHIPPED]
 
 
@@ -255,12 +297,12 @@ def _choose(tables: _Tables, key: Key, device: Device) -> Choice:
                 break
         if choice is not None:
             break
-    if stale and _first("stale", key.kernel):
+    if stale and first("stale", key.kernel):
         message = f"{len(stale)} entries of launch configurations are skipped, the first: {stale[0]}"
         warnings.warn(f"{message}. To tune anew: {command(key)}", StaleWarning, stacklevel=2)
     if choice is None:
         choice = Choice(key, heuristic(key, device), "heuristic", stale=tuple(stale))
-        if tables.known and not stale and _first("untuned", key.kernel):
+        if tables.known and not stale and first("untuned", key.kernel):
             looked = " and ".join(str(folder / table.file_name(device)) for folder in folders(mode()))
             message = f"no launch configuration for {key} on {device.name} in {looked}: a heuristic is used"
             warnings.warn(f"{message}. To tune it: {command(key)}", UntunedWarning, stacklevel=2)
@@ -282,7 +324,7 @@ def command(key: Key) -> str:
     return f"gka-autotune tune --key {key}"
 
 
-def _first(kind: str, what: str) -> bool:
+def first(kind: str, what: str) -> bool:
     """Whether this is the first time in this process."""
     with _lock:
         if (kind, what) in _warned:
@@ -299,31 +341,56 @@ def _keep(choices: dict[_K, _V], key: _K, choice: _V) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-def chosen(config: Config, problem: Problem, device: Device | None) -> Config:
+def chosen(config: Config, problem: Problem, device: Device | None, *, training: bool = False) -> Config:
     """The configuration that a call is launched with.
 
     ``config``: the heuristic's; any other object was meant by whoever made it, and only overrides change it.
     ``device``: ``None`` for the interpreter, which has no tables.
+    ``training``: whether it may be part of a training step, in which nothing is tuned.
     """
     settings, overrides = _settings, _active() if _overridden else ()
     if device is None and not overrides:
         return config
-    key = (config, problem, device, overrides, mode())
+    key = (problem, id(config), id(device), overrides)  # by identity: the hash of a configuration takes microseconds
     known = settings.configs.get(key)
-    if known is None:
-        known = _configure(config, problem, device, overrides)
-        _keep(settings.configs, key, known)
-    return known  # type: ignore[return-value]
+    if known is not None:
+        return known.config  # type: ignore[return-value]
+    found, final = _configure(config, problem, device, overrides, training)
+    if final:
+        _keep(settings.configs, key, _Configured(found, config, device))
+    return found
 
 
-def _configure(config: Config, problem: Problem, device: Device | None, overrides: Overrides) -> Config:
+def _configure(
+    config: Config, problem: Problem, device: Device | None, overrides: Overrides, training: bool
+) -> tuple[Config, bool]:
+    """See :func:`chosen`. Also whether the next call gets the same; not where tuning had to wait for another one."""
     kernels = space.kernels_of(problem, config, device)
-    own = heuristic_config(kernels[0], problem.dtype, problem.D, problem.V, problem.T)
-    if device is not None and config is own:
-        for kernel in kernels:
-            parameters = lookup(space.KERNELS[kernel].key(problem), device).parameters
-            config = space.with_parameters(kernel, config, parameters)
+    final = True
+    if device is not None and config is heuristic_config(kernels[0], problem.dtype, problem.D, problem.V, problem.T):
+        keys = {kernel: space.KERNELS[kernel].key(problem) for kernel in kernels}
+        final = _tune_misses(list(keys.values()), device, training)
+        for kernel, key in keys.items():
+            config = space.with_parameters(kernel, config, lookup(key, device).parameters)
     for kernel, forced in overrides:
         if (kernel == "recurrent") == (problem.when == "decode"):
             config = space.with_parameters(kernel, config, dict(forced))
-    return config
+    return config, final
+
+
+def _tune_misses(keys: list[Key], device: Device, training: bool) -> bool:
+    """Tunes what no table has an entry for, if calls do that. Whether that is settled, and need not be tried again."""
+    settings = _settings
+    if settings.adopted is not None or mode() != "tune":
+        return True
+    own = _tables(settings, "tune", device).own
+    missing = [key for key in keys if not any(_counts(content.entries.get(key), key) for _, content in own)]
+    if not missing:
+        return True
+    from gka_ops.autotune import miss
+
+    return miss.tune(missing, device, settings.miss_seconds, training)
+
+
+def _counts(entry: Entry | None, key: Key) -> bool:
+    return entry is not None and not entry.stale(key.kernel)

@@ -1,5 +1,7 @@
 """``gka-autotune``: tunes the kernels for a card, and shows and carries around what was found.
 
+Shapes are texts like ``B2,T8192,H32,Hkv8,D128,V128,bf16``, or paths of a model's ``config.json``.
+
 Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing known of a key, an unreadable file);
 2 the command line is not understood; 3 there is no card, and none was named.
 """
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-from gka_ops.autotune import choice, space, table, tuner
+from gka_ops.autotune import choice, screen, space, table, tuner
 from gka_ops.autotune.device import Device, current
-from gka_ops.autotune.key import DTYPES, OPTIONS, PASSES, Key, Problem, bucket
+from gka_ops.autotune.key import Key
+from gka_ops.autotune.report import Rows, described, explain, gain
+from gka_ops.autotune.shapes import DEFAULT, Shape, from_model_config, keys_of
 from gka_ops.autotune.table import Entry, Table
 from gka_ops.autotune.worker import Worker, WorkerError
 
@@ -40,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gka-autotune", description=__doc__, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        prog="gka-autotune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -49,19 +55,22 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     tune = command("tune", "find the fastest configurations on this card; repeated, it goes on where it was stopped")
-    _add_shape(tune)
+    _add_keys(tune, "by default those that tables are shipped for")
+    tune.add_argument("--reach", action="store_true", help="try more values of every parameter, which takes longer")
     tune.add_argument("--time-budget", type=_positive, default=480, metavar="SECONDS", help="for all of it (480)")
     tune.add_argument("--workers", type=_positive, help="processes that compile; by default one a core")
     tune.add_argument("--into", type=Path, metavar="FILE", help="the table; by default this user's for the card")
+    tune.add_argument("--ordinal", type=int, default=0, help="which of the cards here (0)")
+    tune.add_argument("--verbose", action="store_true", help="a line for every candidate")
 
     show = command("show", "what runs and where that comes from: of some shapes, or of all that tables know")
-    _add_shape(show)
+    _add_keys(show, "by default all that tables know")
     _add_card(show)
 
-    explain = command("explain", "what was found when a key was tuned: times, registers, failures, what was left out")
-    explain.add_argument("key", type=_key, metavar="KEY")
-    explain.add_argument("--top", type=_positive, default=10, help="candidates to list (10)")
-    _add_card(explain)
+    why = command("explain", "what was found when a key was tuned: times, registers, failures, what was left out")
+    why.add_argument("key", type=_key, metavar="KEY")
+    why.add_argument("--top", type=_positive, default=10, help="candidates to list (10)")
+    _add_card(why)
 
     command("verify", "check accuracy and age of every entry for this card")
 
@@ -73,10 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("file", type=Path, metavar="FILE")
     merge.add_argument("tables", type=Path, nargs="+", metavar="TABLE")
     return parser
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def _positive(text: str) -> int:
@@ -96,42 +101,35 @@ def _key(text: str) -> Key:
     return key
 
 
-def _options(text: str) -> frozenset[str]:
-    given = frozenset(option for option in text.split(",") if option)
-    if not given <= set(OPTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(OPTIONS)}, got {text}")
-    return given
-
-
 def _add_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", metavar="NAME", help="a card that some table is for; by default the current one")
 
 
-def _add_shape(parser: argparse.ArgumentParser) -> None:
+def _add_keys(parser: argparse.ArgumentParser, otherwise: str) -> None:
     parser.add_argument(
         "--key", type=_key, action="append", default=[], help="a kernel, as warnings name it; repeatable"
     )
-    shape = parser.add_argument_group("all kernels of a call")
-    shape.add_argument("--pass", dest="passes", choices=PASSES, nargs="+", default=["forward", "backward"])
-    shape.add_argument("--batch", type=_positive, default=1, help="sequences (1)")
-    shape.add_argument("--tokens", type=_positive, nargs="+", default=[], help="of a sequence, or of a packed batch")
-    shape.add_argument("--heads", type=_positive, default=32, help="query heads (32)")
-    shape.add_argument("--head-dim", type=_positive, default=128, help="D (128)")
-    shape.add_argument("--value-dim", type=int, help="V, by default D; 0 for chunk_solve")
-    shape.add_argument("--dtype", choices=DTYPES, default="bf16")
-    shape.add_argument(
-        "--options", type=_options, default=_options("alpha,beta,decay,l2norm,solve"),
-        help=f"of {','.join(OPTIONS)}; by default alpha,beta,decay,l2norm,solve",
+    parser.add_argument(
+        "--shapes", type=_shapes, action="extend", default=[], metavar="SHAPE",
+        help=f"all kernels of calls of this shape, or of a model's config.json; repeatable, {otherwise}",
     )  # fmt: skip
 
 
+def _shapes(text: str) -> Sequence[Shape]:
+    try:
+        return from_model_config(Path(text)) if text.endswith(".json") else [Shape.parse(text)]
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-def _card(name: str | None) -> Device:
-    """The card that is named in a table, or the current one."""
+def _card(name: str | None, ordinal: int = 0) -> Device:
+    """The card that is named in a table, or the one of this ordinal, which becomes the current one."""
     if name is None:
-        if not torch.cuda.is_available():
-            raise _NoCardError("expected a CUDA card here, or the name of one that there is a table for (--card)")
-        return current(torch.cuda.current_device())
+        if not 0 <= ordinal < torch.cuda.device_count():
+            raise _NoCardError(f"expected a CUDA card here, and there are {torch.cuda.device_count()} of them")
+        torch.cuda.set_device(ordinal)
+        return current(ordinal)
     known = {found.device for _, found in choice.read_all()}
     for device in sorted(known, key=lambda device: device.name):
         if name.lower() in device.name.lower():
@@ -140,43 +138,12 @@ def _card(name: str | None) -> Device:
     raise _NoCardError(f"expected a card that there is a table for ({names}), got {name}")
 
 
-def _keys(options: argparse.Namespace, device: Device) -> list[Key]:
-    found = dict.fromkeys(options.key)
-    V = options.head_dim if options.value_dim is None else options.value_dim
-    for when in options.passes:
-        for T in options.tokens:
-            kernel = "recurrent" if when == "decode" else "state"
-            config = choice.heuristic_config(kernel, options.dtype, options.head_dim, V, T)
-            C = getattr(config, "chunk", 1)
-            N = bucket(options.batch * options.heads)
-            problem = Problem(when, options.dtype, options.head_dim, V, C, bucket(T), N, options.options)
-            found |= {space.KERNELS[k].key(problem): None for k in space.kernels_of(problem, config, device)}
-    return list(found)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, ["-" * width for width in widths], *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _described(parameters: space.Parameters) -> str:
-    return " ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
-
-
-def _gain(entry: Entry | None) -> str:
-    if entry is None or not entry.microseconds:
-        return ""
-    return f"{entry.microseconds:.1f} µs, {entry.heuristic_microseconds / entry.microseconds:.2f}x"
-
-
 # ------------------------------------------------------------------------------------------------------------- commands
 def _show(options: argparse.Namespace) -> int:
     device = _card(options.card)
-    keys = _keys(options, device)
+    keys = {*options.key, *keys_of(options.shapes, device)}
     if not keys:
-        known = (key for _, found in choice.read_all() if found.device == device for key in found.entries)
-        keys = list(dict.fromkeys(known))
+        keys = {key for _, found in choice.read_all() if found.device == device for key in found.entries}
     if not keys:
         looked = ", ".join(map(str, choice.folders(choice.mode())))
         print(f"no table has an entry for {device.name}; looked in {looked}")
@@ -185,39 +152,17 @@ def _show(options: argparse.Namespace) -> int:
     for key in sorted(keys, key=str):
         found = choice.lookup(key, device)
         origin = f"{found.origin}{', stale entries skipped' if found.stale else ''}"
-        rows.append((str(key), _described(found.parameters), _gain(found.entry), origin, str(found.file or "")))
-    print(f"{device.name}, tables: {choice.mode()}")
-    _print_table(("key", "parameters", "time, gain", "origin", "file"), rows)
+        rows.append((str(key), described(found.parameters), gain(found.entry), origin, str(found.file or "")))
+    screen.show(f"{device.name}, tables: {choice.mode()}")
+    screen.show(Rows(("key", "parameters", "time, gain", "origin", "file"), rows))
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
-    device, key = _card(options.card), options.key
-    found = choice.lookup(key, device)
-    tried, pruned = space.candidates(key.kernel, key, device)
-    print(f"{key} on {device.name}")
-    print(f"runs with {_described(found.parameters)} ({found.origin}{f', {found.file}' if found.file else ''})")
-    for reason in found.stale:
-        print(f"stale: {reason}")
-    outcomes = tuner.outcomes(key, device)
-    timed = sorted((o for o in outcomes if o.times and o.failure is None), key=lambda o: o.microseconds)
-    failed = [o for o in outcomes if o.failure is not None]
-    print(f"\n{len(tried)} candidates: {len(timed)} timed, {len(failed)} failed, {len(pruned)} combinations left out")
-    if timed:
-        rows = [
-            (f"{o.microseconds:.1f}", *(str(o.resources.get(n, "")) for n in ("registers", "spills", "shared_memory")),
-             _described(o.parameters))
-            for o in timed[: options.top]
-        ]  # fmt: skip
-        _print_table(("µs", "registers", "spills", "shared memory", "parameters"), rows)
-    for title, reasons in (
-        ("failed", [(_described(o.parameters), o.failure or "") for o in failed]),
-        ("left out", [(_described(p.parameters), p.reason) for p in pruned]),
-    ):
-        if reasons:
-            print()
-            _print_table((title, "why"), reasons)
-    return 0 if timed or found.entry is not None else 1
+    found = explain(options.key, _card(options.card))
+    for part in found.parts(options.top):
+        screen.show(part)
+    return 0 if found.timed or found.choice.entry is not None else 1
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -269,38 +214,50 @@ def _write(path: Path, device: Device, entries: dict[Key, Entry]) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    device = _card(None)
-    keys = _keys(options, device)
-    if not keys:
-        print("nothing to tune: name a --key, or the --tokens of a shape", file=sys.stderr)
-        return 2
+    device = _card(None, options.ordinal)
+    if options.into is None and table.user_folder() is None:
+        print(f"nothing is tuned: {table.NO_FOLDER}", file=sys.stderr)
+        return 1
+    shapes = options.shapes if options.key or options.shapes else DEFAULT
+    keys = list(dict.fromkeys([*options.key, *keys_of(shapes, device)]))
     known = {key: choice.lookup(key, device).origin for key in keys}
-    results = tuner.tune(
-        keys, device, _bench(), seconds=options.time_budget, workers=options.workers, path=options.into,
-        log=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    with screen.progress() as progress:
+        results = tuner.tune(
+            keys, device, _bench(), seconds=options.time_budget, workers=options.workers, path=options.into,
+            reach=options.reach, log=_log if options.verbose else lambda _: None, progress=progress,
+        )  # fmt: skip
     rows = [
-        (str(r.key), known[r.key], _described(r.entry.parameters) if r.entry else "nothing that works", _gain(r.entry))
+        (str(r.key), known[r.key], described(r.entry.parameters) if r.entry else "nothing that works", gain(r.entry))
         for r in results
     ]
-    _print_table(("key", "until now", "parameters", "time, gain"), rows)
+    screen.show(Rows(("key", "until now", "parameters", "time, gain"), rows))
     return 0 if all(result.entry is not None for result in results) else 1
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
 
 
 def _verify(options: argparse.Namespace) -> int:
     device = _card(None)
+    entries = [
+        (path, key, entry)
+        for path, found in choice.read_all()
+        if found.device == device
+        for key, entry in found.entries.items()
+    ]
     rows = []
-    with Worker(_bench()) as worker:
-        for path, found in choice.read_all():
-            for key, entry in found.entries.items() if found.device == device else ():
-                reason = entry.stale(key.kernel)
-                if reason is None:
-                    try:
-                        reason = worker.call("check", key, entry.parameters, seconds=_VERIFY_SECONDS)
-                    except WorkerError as error:
-                        reason = str(error)
-                rows.append((str(key), _described(entry.parameters), reason or "right", str(path)))
-    _print_table(("key", "parameters", "verdict", "file"), rows)
+    with Worker(_bench()) as worker, screen.progress() as progress:
+        for i, (path, key, entry) in enumerate(entries, 1):
+            reason = entry.stale(key.kernel)
+            if reason is None:
+                try:
+                    reason = worker.call("check", key, entry.parameters, seconds=_VERIFY_SECONDS)
+                except WorkerError as error:
+                    reason = str(error)
+            rows.append((str(key), described(entry.parameters), reason or "right", str(path)))
+            progress("verify", i, len(entries), str(key))
+    screen.show(Rows(("key", "parameters", "verdict", "file"), rows))
     return 0 if all(verdict == "right" for _, _, verdict, _ in rows) else 1
 
 

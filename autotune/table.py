@@ -29,6 +29,7 @@ from gka_ops.autotune.space import Parameters
 
 SCHEMA = 1  # part of the files' names, so that versions of the library with different ones do not share any
 SHIPPED = Path(__file__).resolve().parent / "configs"
+NO_FOLDER = "there is no folder for tables: name one in GKA_OPS_AUTOTUNE_DIR, or install platformdirs"
 _MOST_BYTES = 4 * 2**20
 _LOCK_SECONDS = 30.0
 _TEXT = re.compile(r"[\x20-\x7e]{0,200}")
@@ -102,14 +103,17 @@ def file_name(device: Device) -> str:
 
 
 def user_folder() -> Path | None:
-    """Where tables of this user's own are: ``GKA_OPS_AUTOTUNE_DIR``, or in the platform's folder for caches."""
+    """Where tables of this user's own are: ``GKA_OPS_AUTOTUNE_DIR``, or in the platform's folder for caches.
+
+    ``None``, and the user has no tables, where neither is known: without ``platformdirs``, or without a home.
+    """
     if folder := os.environ.get("GKA_OPS_AUTOTUNE_DIR"):
         return Path(folder)
-    import platformdirs
-
     try:
+        import platformdirs
+
         return platformdirs.user_cache_path("gka-ops") / "autotune"
-    except (OSError, RuntimeError):  # a user without a home
+    except (ImportError, OSError, RuntimeError):
         return None
 
 
@@ -230,7 +234,7 @@ def update(path: Path, device: Device, change: Callable[[dict[Key, Entry]], None
             change(table.entries)
             write(path, table.to_json())
             return True
-    except (OSError, TimeoutError) as error:
+    except (ImportError, OSError, TimeoutError) as error:  # without filelock nothing is written
         message = f"launch configurations are not kept: {path} could not be written ({error})"
         warnings.warn(message, TableWarning, stacklevel=2)
         return False

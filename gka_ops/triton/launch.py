@@ -126,14 +126,17 @@ class _Slab(NamedTuple):
 
 
 class _Problem:
-    """The arguments of one call, its sizes, its configuration and its chunk tables. ``when``: forward or backward."""
+    """The arguments of one call, its sizes, its configuration and its chunk tables.
+
+    ``when``: forward or backward. ``training``: whether the call may be part of a training step.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, alpha: Tensor | None,
         beta: Tensor | None, ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None,
         A_log: Tensor | None, dt_bias: Tensor | None, initial_kk: Tensor | None, initial_kv: Tensor | None,
         cu_seqlens: Tensor | None, ridge_scale: float, ridge_offset: float, num_iter: int, scale: float,
-        qk_l2norm: bool, *, when: str,
+        qk_l2norm: bool, *, when: str, training: bool = True,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), _contiguous(v)
         self.log_decay, self.alpha, self.beta = _contiguous(log_decay), _contiguous(alpha), _contiguous(beta)
@@ -160,7 +163,7 @@ class _Problem:
             when, _DTYPE_NAMES[q.dtype], self.D, 0 if v is None else self.V, config.chunk, bucket(self.T),
             bucket(sequences * self.H), options,
         )  # fmt: skip
-        self.config = choice.chosen(config, problem, _autotune_device(q))
+        self.config = choice.chosen(config, problem, _autotune_device(q), training=training)
         self.v_pad = triton.cdiv(self.V, self.config.block_v) * self.config.block_v
         chunk = self.config.chunk
         self.cu_seqlens: Tensor | None = None
@@ -698,7 +701,7 @@ def chunk_gka(
 ):  # fmt: skip
     p = _Problem(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
-        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="forward",
+        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="forward", training=save_x,
     )  # fmt: skip
     with _on_device(q):
         want_kk = p.solve or output_final_state

@@ -19,7 +19,10 @@ OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "examples", "tools")
 NUMERICS = "gka_ops.numerics"
 PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.distributed", "gka_ops.types", NUMERICS)
 TORCH = ("torch",)
-AUTOTUNE = ("choice", "config", "device", "fingerprint", "key", "space", "table", "tuner", "worker")
+AUTOTUNE = (
+    "choice", "config", "device", "fingerprint", "key", "miss", "report", "screen", "shapes", "space", "table", "tuner",
+    "worker",
+)  # fmt: skip
 
 # The first rule that matches a module decides. Nobody may import tests, perf or examples from outside these, nor the
 # folder names reference and autotune (they are gka_ops.reference and gka_ops.autotune).
@@ -86,7 +89,7 @@ RULES = (
         "gka_ops.autotune*",
         ours=(*(f"gka_ops.autotune.{m}" for m in AUTOTUNE), NUMERICS),
         lazy=("gka_ops.autotune.measure",),
-        third_party=("torch", "filelock", "platformdirs"),
+        third_party=("torch", "filelock", "platformdirs", "rich"),
     ),
     Rule(
         "examples*",
