@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from gka_ops.autotune import choice, cli, table, tuner
+from gka_ops import autotune
+from gka_ops.autotune import choice, cli, screen, shapes, table, tuner
+from gka_ops.autotune.report import Rows
 from gka_ops.autotune.worker import WorkerError
 from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, key_of
 
 KEY = key_of()
 OTHER = key_of(problem=FORWARD._replace(T=64))
+SHAPE = "B2,T1000,H32,D128,V128,bf16"
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -30,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("GKA_OPS_AUTOTUNE", raising=False)
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setattr(tuner, "_RUN_SECONDS", 0.5)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     choice.reload()
     yield tmp_path / "user"
     choice.reload()
@@ -49,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 with a bench that needs none."""
-    monkeypatch.setattr(cli, "_card", lambda name: H100)
+    monkeypatch.setattr(cli, "_card", lambda name, ordinal=0: H100)
 
 
 def add(folder: Path, key: Any = KEY, device: Any = H100, **changed: Any) -> Path:
@@ -72,8 +76,9 @@ def test_the_command_is_installed() -> None:
         ("explain", "readout"),
         ("explain", str(KEY).replace("readout", "matmul")),
         ("explain", str(KEY).replace("forward", "backward")),
-        ("show", "--options", "magic"),
-        ("show", "--tokens", "0"),
+        ("show", "--shapes", "large"),
+        ("tune", "--shapes", "no-such-model.json"),
+        ("tune", "--time-budget", "0"),
         ("merge", "out.json"),
     ],
 )
@@ -83,7 +88,7 @@ def test_a_command_line_that_is_not_understood(arguments: tuple[str, ...]) -> No
     assert exit_.value.code == 2
 
 
-@pytest.mark.parametrize("command", [("show",), ("tune", "--tokens", 64), ("verify",), ("export", "x.json")])
+@pytest.mark.parametrize("command", [("show",), ("tune",), ("verify",), ("export", "x.json")])
 def test_no_card(run: Run, command: tuple[object, ...]) -> None:
     code, _, errors = run(*command)
     assert code == 3 and "expected a CUDA card" in errors
@@ -100,7 +105,7 @@ def test_show(run: Run, folder: Path) -> None:
     path = add(folder, num_warps=8)
     code, output, _ = run("show", "--card", "h100")
     assert code == 0
-    title, header, _, row = output.splitlines()
+    title, _, header, _, row = output.splitlines()
     assert title == f"{H100.name}, tables: cached"
     assert header.split() == ["key", "parameters", "time,", "gain", "origin", "file"]
     assert row.split()[0] == str(KEY) and "num_warps=8" in row and "10.0 µs, 1.20x" in row
@@ -110,11 +115,10 @@ def test_show(run: Run, folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
 def test_show_a_shape(run: Run, folder: Path) -> None:
     add(folder)
-    shape = ("--tokens", 1000, "--batch", 2, "--options", "beta,decay,l2norm,solve")
-    code, output, _ = run("show", "--card", "h100", *shape, "--pass", "forward", "decode")
+    code, output, _ = run("show", "--card", "h100", "--shapes", SHAPE, "--key", OTHER)
     assert code == 0
-    kernels = [line.split("/")[0] for line in output.splitlines()[3:]]
-    assert kernels == ["readout", "recurrent", "solve_hopper", "state"]
+    shown = {line.split()[0] for line in output.splitlines()[4:]}
+    assert shown == {str(key) for key in (OTHER, *autotune.keys_of([autotune.Shape.parse(SHAPE)], H100))}
     assert "nearest" in output and "heuristic" in output
 
 
@@ -137,18 +141,26 @@ def test_explain(run: Run, folder: Path, card: None) -> None:
     tuner.tune_key(KEY, H100, make, deadline=time.monotonic() + 60, workers=1, method="forkserver")
     code, output, _ = run("explain", KEY, "--top", 2)
     assert code == 0
-    assert "27 candidates: 14 timed, 13 failed, 0 combinations left out" in output
+    assert "14 candidates timed, 13 failed, 0 not tried to the end, 0 combinations left out" in output
     lines = output.splitlines()
     first = lines.index(next(line for line in lines if line.startswith("µs"))) + 2
     assert lines[first].split()[:4] == ["5.0", "128", "0", "1024"] and "num_warps=8" in lines[first]
     assert lines[first + 2] == ""
     assert "check crashed: SIGSEGV" in output and "output differs by 0.5" in output
+    found = autotune.explain(KEY, H100)
+    assert str(found).startswith("\n".join(lines[: first - 2])), "the Python API says the same"
+    assert len(str(found).splitlines()) == len(lines) + 8, "ten candidates there"
+    assert [outcome.microseconds for outcome in found.timed[:3]] == [5.0, 6.0, 6.0]
+    assert found.choice.origin == "heuristic" and len(found.failed) == 13
 
 
 def test_explain_what_was_left_out(run: Run, card: None) -> None:
     key = key_of("backward_key", FORWARD._replace(when="backward", D=32, V=64))
     code, output, _ = run("explain", key)
-    assert code == 1 and "NOTE [Hopper miscompile]" in output
+    assert code == 1
+    (row,) = (line for line in output.splitlines() if "NOTE [Hopper miscompile]" in line)
+    counted = sum("Hopper miscompile" in pruned.reason for pruned in autotune.explain(key, H100).pruned)
+    assert int(row.split()[0]) == counted > 1
 
 
 # ----------------------------------------------------------------------------------------------------- export and merge
@@ -194,16 +206,97 @@ def test_merge_refuses(run: Run, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ tune and verify
+class Tuned:
+    """Stands for ``tuner.tune``: all keys get an entry at once. Remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = []
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, keys: Any, device: Any, make: Any, **given: Any) -> list[tuner.Result]:
+        self.keys, self.given = list(keys), given
+        for done in range(100):
+            given["progress"]("compile", done + 1, 100, f"candidate {done}")
+        given["log"]("one candidate")
+        return [tuner.Result(key, entry(key), []) for key in self.keys]
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Tuned:
+    found = Tuned()
+    monkeypatch.setattr(cli, "_bench", lambda: None)
+    monkeypatch.setattr(tuner, "tune", found)
+    return found
+
+
 def test_tune(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver()
     monkeypatch.setattr(cli, "_bench", lambda: functools.partial(FakeBench, folder.parent / "log"))
     monkeypatch.setattr(tuner, "tune", functools.partial(tuner.tune, method="forkserver"))
-    code, _, errors = run("tune")
-    assert code == 2 and "nothing to tune" in errors
     code, output, _ = run("tune", "--key", KEY, "--workers", 1, "--time-budget", 60)
     assert code == 0 and output.splitlines()[-1].startswith(f"{KEY}  heuristic  num_warps=8 num_stages=2")
     content = json.loads((folder / table.file_name(H100)).read_text())
     assert content["entries"][str(KEY)]["parameters"]["num_warps"] == 8
+
+
+def test_what_is_tuned(run: Run, card: None, tuned: Tuned, tmp_path: Path) -> None:
+    assert run("tune")[0] == 0
+    assert tuned.keys == autotune.keys_of(shapes.DEFAULT, H100)
+    assert (tuned.given["seconds"], tuned.given["workers"], tuned.given["path"], tuned.given["reach"]) == (
+        480, None, None, False,
+    )  # fmt: skip
+    into, options = tmp_path / "table.json", ("--reach", "--time-budget", 9, "--workers", 3)
+    assert run("tune", "--key", OTHER, "--shapes", SHAPE, "--shapes", SHAPE, "--into", into, *options)[0] == 0
+    assert tuned.keys == [OTHER, *autotune.keys_of([autotune.Shape.parse(SHAPE)], H100)]
+    assert (tuned.given["seconds"], tuned.given["workers"], tuned.given["path"], tuned.given["reach"]) == (
+        9, 3, into, True,
+    )  # fmt: skip
+
+
+def test_nothing_that_works(run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
+    monkeypatch.setattr(tuner, "tune", lambda *_, **__: [tuner.Result(KEY, None, [])])
+    code, output, _ = run("tune", "--key", KEY)
+    assert code == 1 and "nothing that works" in output
+
+
+def test_tune_without_a_folder(run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
+    monkeypatch.setattr(table, "user_folder", lambda: None)
+    code, _, errors = run("tune", "--key", KEY)
+    assert code == 1 and "GKA_OPS_AUTOTUNE_DIR" in errors and not tuned.keys
+    assert run("tune", "--key", KEY, "--into", "here.json")[0] == 0
+
+
+def test_progress_in_plain_text(run: Run, card: None, tuned: Tuned) -> None:
+    _, output, _ = run("tune", "--key", KEY)
+    lines = [line for line in output.splitlines() if line.startswith("compile ")]
+    assert len(lines) == 11 and lines[-1] == "compile 100/100: candidate 99"
+    assert "one candidate" not in output
+    assert "one candidate" in run("tune", "--key", KEY, "--verbose")[1]
+
+
+def test_a_terminal_gets_bars_and_drawn_tables(
+    run: Run, card: None, tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    drawn = Console(record=True, markup=False, width=300, force_terminal=True)
+    monkeypatch.setattr(screen, "console", lambda: drawn)
+    assert run("tune", "--key", KEY)[0] == 0
+    text = drawn.export_text()
+    assert "100/100" in text and "candidate 99" in text
+    assert str(KEY) in text and "┃" in text
+
+
+def test_plain_text_without_a_terminal_or_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert screen.console() is None
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert screen.console() is not None
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert screen.console() is None
+
+
+def test_columns_of_plain_text() -> None:
+    assert str(Rows(("a", "b"), [("long", "1"), ("x", "")])) == "a     b\n----  -\nlong  1\nx"
 
 
 def test_verify(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
