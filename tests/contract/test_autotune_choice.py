@@ -20,7 +20,7 @@ from gka_ops.autotune.choice import StaleWarning, UntunedWarning
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.device import Device
 from gka_ops.autotune.key import Key
-from tests.helpers.autotune import BACKWARD, CONSUMER, DECODE, FORWARD, H100, H200, entry, key_of
+from tests.helpers.autotune import BACKWARD, CONSUMER, DECODE, FORWARD, H100, H200, entry, isolate, key_of
 
 KEY = key_of()
 CONFIG = chunk_config(128, 128, False)
@@ -29,8 +29,8 @@ CONFIG = chunk_config(128, 128, False)
 class Folders:
     """A user's and a shipped folder of tables."""
 
-    def __init__(self, root: Path) -> None:
-        self.user, self.shipped = root / "user", root / "shipped"
+    def __init__(self, user: Path, shipped: Path) -> None:
+        self.user, self.shipped = user, shipped
 
     def add(self, key: Key, *, shipped: bool = False, device: Device = H100, **changed: Any) -> Path:
         path = (self.shipped if shipped else self.user) / table.file_name(device)
@@ -40,15 +40,8 @@ class Folders:
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
-    found = Folders(tmp_path)
-    monkeypatch.setattr(table, "SHIPPED", found.shipped)
-    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(found.user))
-    monkeypatch.delenv("GKA_OPS_AUTOTUNE", raising=False)
-    monkeypatch.setattr(choice, "_warned", set())
-    choice.use(None)
-    yield found
-    choice.use(None)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    return Folders(*isolate(monkeypatch, tmp_path))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gka_ops import autotune
 from gka_ops.autotune import choice, cli, screen, shapes, table, tuner
 from gka_ops.autotune.report import Rows
 from gka_ops.autotune.worker import WorkerError
-from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, key_of
+from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, isolate, key_of
 
 KEY = key_of()
 OTHER = key_of(problem=FORWARD._replace(T=64))
@@ -28,16 +28,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(tmp_path / "user"))
-    monkeypatch.delenv("GKA_OPS_AUTOTUNE", raising=False)
-    monkeypatch.setattr(choice, "_warned", set())
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tuner, "_RUN_SECONDS", 0.5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    choice.reload()
-    yield tmp_path / "user"
-    choice.reload()
+    user, _ = isolate(monkeypatch, tmp_path)
+    return user
 
 
 @pytest.fixture

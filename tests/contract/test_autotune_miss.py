@@ -13,30 +13,25 @@ import pytest
 import torch
 
 from gka_ops import autotune
-from gka_ops.autotune import choice, miss, table, tuner
+from gka_ops.autotune import choice, miss, table
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.miss import MissWarning
-from tests.helpers.autotune import BACKWARD, DECODE, FORWARD, H100, entry, key_of
+from tests.helpers.autotune import A100, BACKWARD, DECODE, FORWARD, H100, entry, isolate, key_of
 
 CONFIG = chunk_config(128, 128, False)
 KERNELS = ("state", "solve_hopper", "readout")
+ORDINAL_OF = miss._ordinal
 Runs = list[tuple[tuple[str, ...], float]]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(tmp_path / "user"))
-    monkeypatch.delenv("GKA_OPS_AUTOTUNE", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(choice, "_warned", set())
-    monkeypatch.setattr(miss, "_tried", set())
+    user, _ = isolate(monkeypatch, tmp_path)
     monkeypatch.setattr(miss, "_ordinal", lambda device: 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(choice, "_settings", choice._Settings())
-        yield tmp_path / "user"
+        yield user
 
 
 @pytest.fixture
@@ -218,14 +213,9 @@ def test_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card_is_the_current_one_if_it_is_such_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = [H100, H100, table.Device("other", (8, 0), 1, 1)]
-    monkeypatch.undo()
+    cards = [H100, H100, A100]
     monkeypatch.setattr(miss, "current", cards.__getitem__)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     for ordinal, expected in ((0, 0), (1, 1), (2, 0)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda ordinal=ordinal: ordinal)
-        assert miss._ordinal(H100) == expected
-
-
-def test_nothing_is_forbidden_here() -> None:
-    assert tuner.forbidden() is None
+        assert ORDINAL_OF(H100) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gka_ops.autotune import table
+from gka_ops.autotune import choice, table
 from gka_ops.autotune.table import Table, TableWarning
 from tests.helpers.autotune import CONSUMER, FORWARD, H100, entry, key_of, run_processes, write_and_read
 
@@ -231,6 +232,23 @@ def test_processes_that_write_and_read_at_once_lose_nothing(tmp_path: Path) -> N
     assert outcomes == [rounds] * processes
     found = table.read(path)
     assert found is not None and len(found.entries) == processes * rounds
+
+
+def test_without_platformdirs_and_filelock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shipped is read all the same, and there is a user's folder where the variable names one."""
+    for module in ("platformdirs", "filelock"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delenv("GKA_OPS_AUTOTUNE_DIR", raising=False)
+    assert table.user_folder() is None
+    found = table.read(path)
+    assert found is not None and found.entries.keys() == {KEY}
+    monkeypatch.setattr(choice, "_settings", choice._Settings("cached"))
+    monkeypatch.setattr(table, "SHIPPED", path.parent)
+    assert choice.lookup(KEY, H100).origin == "exact"
+    with pytest.warns(TableWarning, match=r"could not be written.*filelock"):
+        assert not table.add(path, H100, {KEY: entry(KEY)})
+    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(path.parent))
+    assert table.user_folder() == path.parent
 
 
 def test_folder_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from gka_ops.autotune import choice, space, table, tuner
+from gka_ops.autotune import choice, miss, space, table, tuner
 from gka_ops.autotune.device import Device
 from gka_ops.autotune.key import Key, Problem
 
@@ -40,6 +41,23 @@ def entry(key: Key, **changed: Any) -> table.Entry:
     fields = {name: changed.pop(name) for name in list(changed) if name not in parameters}
     found = table.new_entry(key.kernel, {**parameters, **changed}, 10.0, 12.0, 5)
     return replace(found, **fields)
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch, root: Path) -> tuple[Path, Path]:
+    """A process in which nothing was chosen or tuned yet, until the test ends. Returns its user's and shipped folders.
+
+    pytest undoes changes of attributes, also those of the code under test.
+    """
+    user, shipped = root / "user", root / "shipped"
+    monkeypatch.setattr(table, "SHIPPED", shipped)
+    monkeypatch.setenv("GKA_OPS_AUTOTUNE_DIR", str(user))
+    for name in ("GKA_OPS_AUTOTUNE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(choice, "_settings", choice._Settings())
+    monkeypatch.setattr(choice, "_overridden", False)
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(miss, "_tried", set())
+    return user, shipped
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
