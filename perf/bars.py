@@ -115,6 +115,14 @@ def forward(inputs: Inputs, **options: Any) -> Callable[[], Any]:
     return run
 
 
+def solve(inputs: Inputs, **options: Any) -> Callable[[], Any]:
+    @torch.no_grad()
+    def run() -> Any:
+        return gka_ops.chunk_solve(inputs.q, inputs.k, inputs.log_decay, inputs.beta, **options)
+
+    return run
+
+
 def forward_backward(inputs: Inputs, **options: Any) -> Callable[[], Any]:
     upstream = torch.randn_like(inputs.q)
 
@@ -184,8 +192,8 @@ def small_batch_ratio() -> float:
     return 2 * milliseconds(forward(make_inputs(1, 32768, 8))) / milliseconds(forward(make_inputs(2, 8192)))
 
 
-def cold_start_seconds() -> float:
-    """The first call, forward and backward, of a fresh process with an empty Triton cache."""
+def first_call_seconds(cache: str) -> float:
+    """The first call, forward and backward, of a fresh process with a folder as its Triton cache."""
     code = (
         "import time, torch, gka_ops\n"
         "q, k, v = (torch.randn(1, 256, 4, 128, device='cuda', dtype=torch.bfloat16, requires_grad=True)"
@@ -194,12 +202,17 @@ def cold_start_seconds() -> float:
         "gka_ops.chunk_gka(q, k, v).output.sum().backward(); torch.cuda.synchronize()\n"
         "print(time.perf_counter() - start)\n"
     )
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
     return float(result.stdout.split()[-1])
+
+
+def cold_start_seconds() -> float:
+    """That of a process with an empty Triton cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        return first_call_seconds(cache)
 
 
 def bars() -> list[Bar]:
@@ -209,10 +222,6 @@ def bars() -> list[Bar]:
     tiny_step = make_inputs(1, 1, 2)
     tiny_state = gka_ops.GKAState(*(torch.zeros(1, 2, 128, 128, device="cuda") for _ in range(2)))
     n = ACCURATE_AS_AUTHORS
-
-    def solve() -> Any:
-        with torch.no_grad():
-            return gka_ops.chunk_solve(training.q, training.k, training.log_decay, training.beta, num_iter=30)
 
     def long_ratio() -> float:
         times = [milliseconds(forward_backward(make_inputs(1, length, grad=True)), 3) for length in (32768, 131072)]
@@ -230,7 +239,7 @@ def bars() -> list[Bar]:
             "num_iter=0 forward + backward", "ms", 2.6, 1.8,
             lambda: milliseconds(forward_backward(training, num_iter=0)),
         ),
-        Bar("chunk_solve forward, 30 iterations", "ms", 2.5, 1.7, lambda: milliseconds(solve)),
+        Bar("chunk_solve forward, 30 iterations", "ms", 2.5, 1.7, lambda: milliseconds(solve(training, num_iter=30))),
         Bar(
             "peak extra memory, forward + backward", "MiB", 1150, 900,
             lambda: peak_mebibytes(forward_backward(training)),
