@@ -34,9 +34,9 @@ def show(part: str | Rows) -> None:
     elif drawn is None:
         print(f"\n{part}")
     else:
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        columns = Table(*part.header)
+        columns = Table(*(Column(name, overflow="fold") for name in part.header))  # keys are there to be copied
         for row in part.rows:
             columns.add_row(*row)
         drawn.print(columns)

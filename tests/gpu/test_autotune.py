@@ -90,6 +90,19 @@ def test_a_kernel_is_tuned(folder: Path) -> None:
     assert any(outcome.resources["registers"] for outcome in results[0].outcomes if outcome.resources)
 
 
+@pytest.mark.filterwarnings("error::gka_ops.autotune.miss.MissWarning")
+def test_a_call_tunes_on_a_miss(folder: Path, launched: dict[str, dict[str, Any]]) -> None:
+    problem, card = make_problem(**SHAPE), device.current(0)
+    before = run_gka(problem, num_iter=20, impl="triton")["output"]
+    keys = [space.KERNELS[kernel].key(FORWARD) for kernel in ("state", "readout")]
+    with autotune.enable(seconds=120):
+        after = run_gka(problem, num_iter=20, impl="triton")["output"]
+        found = [choice.lookup(key, card) for key in keys]
+    assert [each.origin for each in found] == ["exact", "exact"]
+    assert launched["chunk_readout_kernel"]["num_warps"] == found[1].parameters["num_warps"]
+    assert torch.allclose(before, after, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="of Hopper")
 def test_the_miscompile_is_found() -> None:
     """NOTE [Hopper miscompile]: the check has to find what the space excludes."""
