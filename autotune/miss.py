@@ -36,21 +36,23 @@ def tune(keys: Sequence[Key], device: Device, seconds: float, training: bool) ->
 
     Returns whether that is settled, for good or ill: ``False`` in a training step, a capture, a trace or a backward.
     """
+    if _tried.issuperset((key, device) for key in keys):
+        return True
+    if training or tuner.forbidden():
+        return False
     with _tuning:  # other threads wait, and find in the tables what this one found
         keys = [key for key in keys if (key, device) not in _tried]
         if not keys:
             return True
-        if training or tuner.forbidden():
-            return False
-        _tried.update((key, device) for key in keys)
         try:
             if reason := _impossible():
                 _warn(reason, "is off")
-                return True
-            _log.info("tuning %s for up to %.0f s", ", ".join(map(str, keys)), seconds)
-            _run(keys, _ordinal(device), seconds)
+            else:
+                _log.info("tuning %s for up to %.0f s", ", ".join(map(str, keys)), seconds)
+                _run(keys, _ordinal(device), seconds)
         except Exception as error:
             _warn(f"{type(error).__name__}: {str(error)[:500]}", "failed")
+        _tried.update((key, device) for key in keys)
         choice.reload()
         return True
 
