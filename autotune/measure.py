@@ -7,8 +7,9 @@ repeated with the same arguments and timed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ import gka_ops
 from gka_ops.autotune import choice, space
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.space import Parameters
-from gka_ops.triton import launch, launcher
+from gka_ops.autotune.tuner import HEADS
+from gka_ops.triton import launch, launcher, slabs
 
 _operators: Any = launch  # whose function ``launch`` is replaced
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MOST_HEADS = 32  # more of N are sequences
 _MOST_ELEMENTS = 2**29  # of q; longer sequences are cut for timing, where programs come in many waves anyway
 _MOST_INACCURATE = 1.25  # times the error of the heuristic
 _LEAST_ERROR = 1e-6
@@ -39,9 +40,9 @@ class Bench:
 
     def __init__(self, device: str = "cuda") -> None:
         self._device = device
-        self._exact: dict[Key, dict[str, Tensor]] = {}
-        self._allowed: dict[Key, dict[str, float]] = {}
-        self._timed: Key | None = None
+        self._exact: dict[Hashable, dict[str, Tensor]] = {}
+        self._allowed: dict[Hashable, dict[str, float]] = {}
+        self._timed: Hashable = None
         self._inputs: dict[str, Any] = {}
         launcher._replayable = lambda tensor: False  # every launch passes by ``launch``
 
@@ -55,31 +56,38 @@ class Bench:
             found["shared_memory"] = binary.metadata.shared
             raise _Enough
 
-        self._run_until(key, parameters, _inputs(key, self._device, small=True), compiled)
+        with _cut_like(key):
+            self._run_until(key, parameters, _inputs(key, self._device, small=True), compiled, launch_others=False)
         return found
 
     def check(self, key: Key, parameters: Parameters) -> str | None:
-        inputs = _inputs(key, self._device, small=True)
-        if key not in self._allowed:
-            wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
-            self._exact[key] = _results(key, wide, "reference")
-            ordinary = _errors(_results(key, inputs, "triton"), self._exact[key])
-            self._allowed[key] = {name: _MOST_INACCURATE * e + _LEAST_ERROR for name, e in ordinary.items()}
+        inputs, problem = _inputs(key, self._device, small=True), _problem(key)
         launches = []
-        with _forced(key, parameters), _watched(key, lambda *launched: launches.append(launched)):
-            errors = _errors(_results(key, inputs, "triton"), self._exact[key])
+        with _cut_like(key):
+            if problem not in self._allowed:
+                wide = {
+                    name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+                    for name, value in inputs.items()
+                }
+                self._exact[problem] = _results(key, wide, "reference")
+                ordinary = _errors(_results(key, inputs, "triton"), self._exact[problem])
+                self._allowed[problem] = {name: _MOST_INACCURATE * e + _LEAST_ERROR for name, e in ordinary.items()}
+            with _forced(key, parameters), _watched(key, lambda *launched: launches.append(launched)):
+                errors = _errors(_results(key, inputs, "triton"), self._exact[problem])
         if not launches:
             raise RuntimeError(f"{key} is not launched by such a call")
+        allowed = self._allowed[problem]
         wrong = [
-            f"{name} differs by {error:.1e}, of {self._allowed[key][name]:.1e} allowed"
+            f"{name} differs by {error:.1e}, of {allowed[name]:.1e} allowed"
             for name, error in errors.items()
-            if not error <= self._allowed[key][name]
+            if not error <= allowed[name]
         ]
         return f"wrong: {'; '.join(wrong)}" if wrong else None
 
     def time(self, key: Key, parameters: Parameters) -> float:
-        if self._timed != key:
-            self._timed, self._inputs = key, _inputs(key, self._device, small=False)
+        if self._timed != _problem(key):
+            self._timed, self._inputs = _problem(key), {}  # the old ones are let go before the new ones come
+            self._inputs = _inputs(key, self._device, small=False)
         samples: list[float] = []
 
         def timed(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
@@ -99,11 +107,12 @@ class Bench:
         return statistics.median(samples)
 
     def _run_until(
-        self, key: Key, parameters: Parameters, inputs: dict[str, Any], do: Callable[[Any, Any, dict[str, Any]], None]
-    ) -> None:
+        self, key: Key, parameters: Parameters, inputs: dict[str, Any],
+        do: Callable[[Any, Any, dict[str, Any]], None], *, launch_others: bool = True,
+    ) -> None:  # fmt: skip
         """Runs the operator up to the launch in question, and does that in its place."""
         try:
-            with _forced(key, parameters), _watched(key, do):
+            with _forced(key, parameters), _watched(key, do, launch_others=launch_others):
                 _results(key, inputs, "triton")
         except _Enough:
             return
@@ -117,8 +126,10 @@ def _forced(key: Key, parameters: Parameters) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(key: Key, see: Callable[[Any, Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Shows the launches of a key's kernel in its pass, before they happen."""
+def _watched(
+    key: Key, see: Callable[[Any, Any, dict[str, Any]], None], *, launch_others: bool = True
+) -> Iterator[None]:
+    """Shows the launches of a key's kernel in its pass, before they happen. Without ``launch_others`` none happens."""
     ordinary = _operators.launch
     _, function = space.KERNELS[key.kernel].source
 
@@ -126,7 +137,8 @@ def _watched(key: Key, see: Callable[[Any, Any, dict[str, Any]], None]) -> Itera
         in_pass = key.when != "backward" or torch._C._current_graph_task_id() != -1
         if kernel.fn.__name__ == function and in_pass:
             see(kernel, grid, arguments)
-        ordinary(kernel, grid, **arguments)
+        if launch_others:
+            ordinary(kernel, grid, **arguments)
 
     _operators.launch = watching
     try:
@@ -135,9 +147,29 @@ def _watched(key: Key, see: Callable[[Any, Any, dict[str, Any]], None]) -> Itera
         _operators.launch = ordinary
 
 
+def _problem(key: Key) -> Hashable:
+    """What the inputs and results of a call with the key's options depend on: kernels of one call may share them."""
+    return replace(key, kernel=""), _solves(key), space.KERNELS[key.kernel].values
+
+
+@contextmanager
+def _cut_like(key: Key) -> Iterator[None]:
+    """Cuts the backward of a few tokens into slabs where that of all of the key's is: kernels carry states between."""
+    shape = (max(1, key.N // HEADS), key.T, min(key.N, HEADS))
+    if key.when != "backward" or slabs.slab_count(*shape, solve=_solves(key)) == 1:
+        yield
+        return
+    ordinary = slabs.PROGRAMS, slabs.LEAST_CHUNKS
+    slabs.PROGRAMS, slabs.LEAST_CHUNKS = 1, 2
+    try:
+        yield
+    finally:
+        slabs.PROGRAMS, slabs.LEAST_CHUNKS = ordinary
+
+
 def _inputs(key: Key, device: str, *, small: bool) -> dict[str, Any]:
     """Arguments of a call that launches the kernel with the key's options; few tokens, or as many as the key says."""
-    H = min(key.N, _MOST_HEADS)
+    H = min(key.N, HEADS)
     sequences = max(1, key.N // H)
     length = 3 * key.C + 17 if small and key.when != "decode" else key.T
     if small:
@@ -150,10 +182,10 @@ def _inputs(key: Key, device: str, *, small: bool) -> dict[str, Any]:
         sequences = max(sequences, 2)
         B, T = 1, length * (sequences if small else 1)
     dtype = _DTYPES[key.dtype]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, kind)
+        return torch.randn(*shape, generator=generator, device=device).to(kind)
 
     Hkv = H // 2 if "gqa" in options else H
     V = key.V if space.KERNELS[key.kernel].values else key.D

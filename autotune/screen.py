@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 from gka_ops.autotune.report import Rows
-
-Progress: TypeAlias = Callable[[str, int, int, str], None]
-"""Called with a phase, how much of it is done, of how much, and what it is at."""
+from gka_ops.autotune.tuner import Progress
 
 _LINES = 10  # of a phase, in plain text
 

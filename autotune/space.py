@@ -23,6 +23,7 @@ _LAUNCH = ("num_warps", "num_stages", "max_registers")
 _REGISTERS = 2**16  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
 _TOKENS = ("beta", "decay", "gate", "gqa", "l2norm", "varlen")  # what changes how tokens are read
+_TOKEN_GRADIENTS = ("backward_key", "backward_value")
 _RIDGE = ("ridge_head", "ridge_offset", "ridge_token")
 
 
@@ -36,7 +37,8 @@ class Kernel:
         when: the passes in which it is looked up.
         options: those of ``key.OPTIONS`` that change its code.
         values: whether V changes it.
-        axes: every value of every parameter.
+        axes: every value of every parameter, in order.
+        near: how many steps along the axes lead from the heuristic to what is tried by default.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Kernel:
     options: tuple[str, ...]
     values: bool
     axes: tuple[tuple[str, tuple[int | None, ...]], ...]
+    near: int = 2
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -60,15 +63,15 @@ class Kernel:
 
 def _kernel(
     name: str, when: tuple[str, ...], options: tuple[str, ...], *, values: bool, file: str = "", function: str = "",
-    **axes: tuple[int | None, ...],
+    near: int = 2, **axes: tuple[int | None, ...],
 ) -> Kernel:  # fmt: skip
     stem = f"chunk_{name}"
     source = (f"{file or stem}.py", f"{function or file or stem}_kernel")
-    return Kernel(name, source, when, tuple(sorted(options)), values, tuple(axes.items()))
+    return Kernel(name, source, when, tuple(sorted(options)), values, tuple(axes.items()), near)
 
 
 _FORWARD, _BACKWARD = ("forward",), ("backward",)
-_CAPS = (None, 128, 168)
+_CAPS = (128, 168, None)
 
 KERNELS = {
     kernel.name: kernel
@@ -103,11 +106,11 @@ KERNELS = {
         ),
         _kernel(
             "backward_state", _BACKWARD, ("alpha", *_TOKENS, "solve"), values=True, num_warps=(2, 4, 8),
-            num_stages=(1, 2, 3), max_registers=(None, 96, 128), increment_columns=(16, 32, 64, 128, 256),
+            num_stages=(1, 2, 3), max_registers=(96, 128, None), increment_columns=(16, 32, 64, 128, 256),
         ),
         _kernel(
             "backward_scan", _BACKWARD, ("decay", "gate", "solve", "varlen"), values=True, num_warps=(2, 4, 8),
-            num_stages=(1,), max_registers=(None, 64, 80, 128), scan_entries=(1024, 2048, 4096, 8192),
+            num_stages=(1,), max_registers=(64, 80, 128, None), scan_entries=(1024, 2048, 4096, 8192),
             file="chunk_backward_state", function="chunk_backward_scan",
         ),
         _kernel(
@@ -128,8 +131,8 @@ KERNELS = {
         ),
         _kernel(
             "recurrent", ("decode",), ("alpha", *_TOKENS[:-1], *_RIDGE, "solve"), values=True,
-            num_warps=(1, 2, 4, 8, 16), num_stages=(1,), max_registers=(None, 96, 128, 168),
-            block_v=(16, 32, 64, 128), width=(1, 2, 4), chains=(1, 2, 4), file="recurrent",
+            num_warps=(1, 2, 4, 8, 16), num_stages=(1,), max_registers=(96, 128, 168, None),
+            block_v=(16, 32, 64, 128), width=(1, 2, 4), chains=(1, 2, 4), file="recurrent", near=1,
         ),
     )
 }  # fmt: skip
@@ -190,16 +193,25 @@ class Pruned:
     reason: str
 
 
-def candidates(kernel: str, key: Key, device: Device) -> tuple[list[Parameters], list[Pruned]]:
-    """What can be tried, and what is left out."""
+def candidates(
+    kernel: str, key: Key, device: Device, around: Parameters | None = None
+) -> tuple[list[Parameters], list[Pruned]]:
+    """What can be tried, and what is left out and why; of what is near ``around`` if that is given."""
     tried, pruned = [], []
     for parameters in _combinations(KERNELS[kernel]):
+        if around is not None and steps(kernel, parameters, around) > KERNELS[kernel].near:
+            continue
         reason = excluded(kernel, key, parameters, device)
         if reason is None:
             tried.append(parameters)
         else:
             pruned.append(Pruned(parameters, reason))
     return tried, pruned
+
+
+def steps(kernel: str, parameters: Parameters, other: Parameters) -> int:
+    """How many steps along the axes lead from one combination to another."""
+    return sum(abs(values.index(parameters[name]) - values.index(other[name])) for name, values in KERNELS[kernel].axes)
 
 
 def _combinations(kernel: Kernel) -> Iterator[Parameters]:
@@ -232,6 +244,8 @@ def excluded(kernel: str, key: Key, parameters: Parameters, device: Device) -> s
     held = accumulators(kernel, key, parameters)
     if held > _MOST_REGISTERS:
         return f"a state takes {held} registers a thread of {_MOST_REGISTERS}"
+    if kernel in _TOKEN_GRADIENTS and key.C == 64 and padded(key.D) <= 128 and warps > 4:
+        return "eight warps repeat each other's work in products of 64 rows"
     if kernel == "backward_key" and device.is_hopper and padded(key.D) <= 32 and warps == 4:
         return "gives wrong dk on an H100: NOTE [Hopper miscompile] in config.py"
     return _misfit(kernel, key, parameters)

@@ -1,8 +1,8 @@
-"""Finds the fastest configuration of a kernel: compiled side by side, checked for accuracy, then timed in turns.
+"""Finds the fastest configurations of kernels: compiled side by side, checked for accuracy, then timed in turns.
 
-What is measured comes from outside (``measure.Bench``), and runs in processes of its own (``worker.Worker``). All that
-is known so far is kept on the way, so that an interrupted run goes on where it was. A candidate that is wrong, crashes
-or hangs is recorded as such and never chosen.
+What is measured comes from outside (``measure.Bench``), and runs in processes of its own (``worker.Worker``): several
+compile ahead while one checks and times what is ready. All that is known so far is kept on the way, so that an
+interrupted run goes on where it was. A candidate that is wrong, crashes or hangs is recorded as such and never chosen.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -30,12 +30,20 @@ from gka_ops.autotune.space import Parameters
 from gka_ops.autotune.table import Entry, new_entry
 from gka_ops.autotune.worker import Worker, WorkerError
 
+HEADS = 32
+"""The heads of what is measured, at most: more of N are sequences."""
+
 _ROUNDS = 5
-_HOPELESS = 1.3  # times slower than the best is not timed again
+_HOPELESS = 1.1  # times slower than the best is not timed again
 _WORTH_IT = 0.99  # of the heuristic's time: less of a gain is noise, and the heuristic stays
 _MOST_STARTS = 2  # once may have been someone who stopped the tuning
+_MORE_SPILLS = 256  # registers a thread: so many more than the heuristic's never pay
 _COMPILE_SECONDS = 180.0
 _RUN_SECONDS = 60.0
+
+
+Progress: TypeAlias = Callable[[str, int, int, str], None]
+"""Called with a phase, how much of it is done, of how much, and what it is at."""
 
 
 class Bench(Protocol):
@@ -138,81 +146,150 @@ def _keep(key: Key, device: Device, found: list[Outcome]) -> None:
         table.write(path, json.dumps(content))
 
 
-# --------------------------------------------------------------------------------------------------------------- tuning
-def tune_key(
-    key: Key, device: Device, make: Callable[[], Bench], *, deadline: float, workers: int = 1, method: str = "spawn",
-    log: Callable[[str], None] = lambda _: None,
-) -> Result:  # fmt: skip
-    """Finds the fastest candidate for a key on a card. See :func:`tune`; ``deadline`` is one of ``time.monotonic``."""
-    heuristic = dict(choice.heuristic(key, device))
-    candidates, _ = space.candidates(key.kernel, key, device)
-    candidates.sort(key=lambda parameters: _steps(key.kernel, parameters, heuristic))  # the likely ones first
-    earlier = {_name(outcome.parameters): outcome for outcome in outcomes(key, device)}
-    found = [earlier.get(_name(parameters)) or Outcome(dict(parameters)) for parameters in candidates]
-    _compile(found, key, make, deadline, workers, method, log)
-    _keep(key, device, found)
-    with Worker(make, method) as worker:
+# ---------------------------------------------------------------------------------------------------------- compilation
+class _Builds:
+    """Compiles candidates ahead, in ``workers`` processes; each build once, however many keys want it."""
 
-        def attempt(outcome: Outcome, what: str) -> Any:
-            outcome.starts += 1
-            _keep(key, device, found)
-            try:
-                return worker.call(what, key, outcome.parameters, seconds=_RUN_SECONDS)
-            except WorkerError as error:
-                outcome.failure = f"{what} {error}"
-                return None
-            finally:
-                outcome.starts -= 1
+    def __init__(self, make: Callable[[], Bench], method: str, workers: int, deadline: float) -> None:
+        self._deadline = deadline
+        self._pool: SimpleQueue[Worker] = SimpleQueue()
+        self._workers = [Worker(make, method) for _ in range(workers)]
+        for worker in self._workers:
+            self._pool.put(worker)
+        self._threads = ThreadPoolExecutor(workers)
+        self._builds: dict[Hashable, Future[dict[str, int]]] = {}
 
-        for outcome in found:
-            if time.monotonic() > deadline:
-                break
-            if outcome.failure is None and outcome.resources and not outcome.checked:
-                wrong = attempt(outcome, "check")
-                if outcome.failure is None:
-                    outcome.checked, outcome.failure = True, wrong
-                log(f"{key} {_name(outcome.parameters)}: {outcome.failure or 'right'}")
-        for round_ in range(_ROUNDS):
-            best = min((outcome.microseconds for outcome in found if outcome.failure is None), default=0.0)
-            for outcome in found:
-                usable = outcome.failure is None and outcome.checked and len(outcome.times) <= round_
-                hopeless = round_ > 0 and outcome.microseconds > _HOPELESS * best
-                if usable and not hopeless and time.monotonic() < deadline:
-                    microseconds = attempt(outcome, "time")
-                    if microseconds is not None:
-                        outcome.times.append(float(microseconds))
-        _keep(key, device, found)
-    entry = _winner(key, found, heuristic)
-    log(f"{key}: {_name(entry.parameters) if entry else 'nothing that works'}")
-    return Result(key, entry, found)
+    def want(self, key: Key, parameters: Parameters) -> None:
+        build = self._name(key, parameters)
+        if build not in self._builds:
+            self._builds[build] = self._threads.submit(self._compile, key, parameters)
 
+    def wait(self, key: Key, parameters: Parameters, deadline: float) -> dict[str, int]:
+        """What the build takes. Raises ``TimeoutError`` at the deadline, ``WorkerError`` if there is no build."""
+        return self._builds[self._name(key, parameters)].result(max(0.0, deadline - time.monotonic()))
 
-def _compile(
-    found: list[Outcome], key: Key, make: Callable[[], Bench], deadline: float, workers: int, method: str,
-    log: Callable[[str], None],
-) -> None:  # fmt: skip
-    waiting = [outcome for outcome in found if outcome.failure is None and not outcome.resources]
-    pool: SimpleQueue[Worker] = SimpleQueue()
-    started = [Worker(make, method) for _ in range(max(1, min(workers, len(waiting))))]
-    for worker in started:
-        pool.put(worker)
+    def done(self) -> tuple[int, int]:
+        """How many builds are through, and how many there are."""
+        return sum(build.done() for build in self._builds.values()), len(self._builds)
 
-    def compile_one(outcome: Outcome) -> None:
-        if time.monotonic() > deadline:
-            return
-        worker = pool.get()
+    def _compile(self, key: Key, parameters: Parameters) -> dict[str, int]:
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
+        worker = self._pool.get()
         try:
-            outcome.resources = worker.call("compile", key, outcome.parameters, seconds=_COMPILE_SECONDS)
-        except WorkerError as error:
-            outcome.failure = f"compile {error}"
-            log(f"{key} {_name(outcome.parameters)}: {outcome.failure}")
+            found: dict[str, int] = worker.call("compile", key, parameters, seconds=_COMPILE_SECONDS)
+            return found
         finally:
-            pool.put(worker)
+            self._pool.put(worker)
 
-    with ThreadPoolExecutor(len(started)) as threads:
-        list(threads.map(compile_one, waiting))
-    for worker in started:
-        worker.close()
+    @staticmethod
+    def _name(key: Key, parameters: Parameters) -> Hashable:
+        """T and N are no part of a forward kernel's code, but that one token and the heads are constants in some; a
+        backward is cut into one slab or several by them."""
+        if key.when != "backward":
+            key = replace(key, T=min(key.T, 2), N=min(key.N, HEADS))
+        return key, _name(parameters)
+
+    def __enter__(self) -> _Builds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._deadline = 0.0
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+def _tune(
+    keys: Sequence[Key], device: Device, make: Callable[[], Bench], seconds: float, workers: int, method: str,
+    reach: bool, log: Callable[[str], None], progress: Progress,
+) -> Iterator[Result]:  # fmt: skip
+    end = time.monotonic() + seconds
+    jobs = [(key, dict(choice.heuristic(key, device))) for key in keys]
+    candidates = [_outcomes_to_be(key, device, heuristic, reach) for key, heuristic in jobs]
+    with _Builds(make, method, workers, end) as builds, Worker(make, method) as runner:
+        for (key, _), found in zip(jobs, candidates, strict=True):
+            for outcome in found:
+                if outcome.failure is None and not outcome.resources:
+                    builds.want(key, outcome.parameters)
+        for i, ((key, heuristic), found) in enumerate(zip(jobs, candidates, strict=True)):
+            progress("compile", *builds.done(), "")
+            progress("measure", i, len(keys), str(key))
+            now = time.monotonic()
+            deadline = now + max(0.0, end - now) / (len(keys) - i)
+            _collect(found, key, heuristic, builds, deadline, log)
+            _keep(key, device, found)
+            _measure(found, key, device, runner, deadline, log)
+            entry = _winner(key, found, heuristic)
+            log(f"{key}: {_name(entry.parameters) if entry else 'nothing that works'}")
+            yield Result(key, entry, found)
+        progress("compile", *builds.done(), "")
+        progress("measure", len(keys), len(keys), "")
+
+
+def _outcomes_to_be(key: Key, device: Device, heuristic: Parameters, reach: bool) -> list[Outcome]:
+    """The candidates with what is known of them, the likely ones first."""
+    tried, _ = space.candidates(key.kernel, key, device, None if reach else heuristic)
+    tried.sort(key=lambda parameters: space.steps(key.kernel, parameters, heuristic))
+    earlier = {_name(outcome.parameters): outcome for outcome in outcomes(key, device)}
+    return [earlier.get(_name(parameters)) or Outcome(dict(parameters)) for parameters in tried]
+
+
+def _collect(
+    found: list[Outcome], key: Key, heuristic: Parameters, builds: _Builds, deadline: float, log: Callable[[str], None]
+) -> None:
+    """Notes what the builds take, and which there are none of."""
+    for outcome in found:
+        if outcome.failure is None and not outcome.resources:
+            try:
+                outcome.resources = builds.wait(key, outcome.parameters, deadline)
+            except WorkerError as error:
+                outcome.failure = f"compile {error}"
+                log(f"{key} {_name(outcome.parameters)}: {outcome.failure}")
+            except (TimeoutError, CancelledError):
+                continue
+    base = next((o.resources.get("spills", 0) for o in found if o.resources and o.parameters == heuristic), None)
+    for outcome in found:
+        spills = outcome.resources.get("spills", 0)
+        if base is not None and outcome.failure is None and spills > base + _MORE_SPILLS:
+            outcome.failure = f"spills {spills} registers a thread, the heuristic {base}"
+
+
+def _measure(
+    found: list[Outcome], key: Key, device: Device, runner: Worker, deadline: float, log: Callable[[str], None]
+) -> None:
+    """Checks what is compiled, and times what is right: all candidates once, then again those that may win."""
+
+    def attempt(outcome: Outcome, what: str) -> Any:
+        outcome.starts += 1
+        _keep(key, device, found)
+        try:
+            return runner.call(what, key, outcome.parameters, seconds=_RUN_SECONDS)
+        except WorkerError as error:
+            outcome.failure = f"{what} {error}"
+            return None
+        finally:
+            outcome.starts -= 1
+
+    for outcome in found:
+        if time.monotonic() > deadline:
+            break
+        if outcome.failure is None and outcome.resources and not outcome.checked:
+            wrong = attempt(outcome, "check")
+            if outcome.failure is None:
+                outcome.checked, outcome.failure = True, wrong
+            log(f"{key} {_name(outcome.parameters)}: {outcome.failure or 'right'}")
+    for round_ in range(_ROUNDS):
+        best = min((outcome.microseconds for outcome in found if outcome.failure is None), default=0.0)
+        for outcome in found:
+            usable = outcome.failure is None and outcome.checked and len(outcome.times) <= round_
+            hopeless = round_ > 0 and outcome.microseconds > _HOPELESS * best
+            if usable and not hopeless and time.monotonic() < deadline:
+                microseconds = attempt(outcome, "time")
+                if microseconds is not None:
+                    outcome.times.append(float(microseconds))
+    _keep(key, device, found)
 
 
 def _winner(key: Key, found: list[Outcome], heuristic: Parameters) -> Entry | None:
@@ -233,17 +310,10 @@ def _name(parameters: Parameters) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(parameters.items()) if value is not None)
 
 
-def _steps(kernel: str, parameters: Parameters, other: Parameters) -> int:
-    """How many values of the axes lie between two combinations."""
-    return sum(
-        abs(values.index(parameters[name]) - values.index(other[name])) for name, values in space.KERNELS[kernel].axes
-    )
-
-
 def tune(
     keys: Iterable[Key], device: Device, make: Callable[[], Bench], *, seconds: float = 480.0,
-    workers: int | None = None, path: Path | None = None, method: str = "spawn",
-    log: Callable[[str], None] = lambda _: None,
+    workers: int | None = None, path: Path | None = None, method: str = "spawn", reach: bool = False,
+    log: Callable[[str], None] = lambda _: None, progress: Progress = lambda *_: None,
 ) -> list[Result]:  # fmt: skip
     """Finds the fastest configurations and puts them into this user's table, or the one at ``path``.
 
@@ -253,7 +323,9 @@ def tune(
         keys: what to tune; see ``choice.lookup``, whose warnings name them.
         make: returns a :class:`Bench`; it is called in other processes.
         seconds: the time that all of it may take. Each key is given an even share of what is left.
-        workers: processes that compile; by default as many as there are cores.
+        workers: processes that compile; by default as many as there are cores, less the one that measures.
+        reach: try all of the space, not only what is near the heuristic.
+        progress: is told how far the phases are: (phase, done, total, what is next).
 
     Raises:
         RuntimeError: while a CUDA graph is captured, ``torch.compile`` traces, or a backward pass runs.
@@ -262,19 +334,14 @@ def tune(
         raise RuntimeError(f"expected to be called outside of a captured or traced region: {reason}")
     results: list[Result] = []
     if _rank() == 0:
-        keys = list(keys)
-        end = time.monotonic() + seconds
         folder = table.user_folder()
         if path is None and folder is not None:
             path = folder / table.file_name(device)
-        for i, key in enumerate(keys):
-            now = time.monotonic()
-            share = now + max(0.0, end - now) / (len(keys) - i)
-            given = len(os.sched_getaffinity(0)) if workers is None else workers
-            result = tune_key(key, device, make, deadline=share, workers=given, method=method, log=log)
+        given = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
+        for result in _tune(list(keys), device, make, seconds, given, method, reach, log, progress):
             results.append(result)
             if result.entry is not None and path is not None:
-                table.add(path, device, {key: result.entry})
+                table.add(path, device, {result.key: result.entry})
     choice.reload()
     share_tables()
     return results
