@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +132,7 @@ def test_show_says_that_an_entry_is_stale(run: Run, folder: Path) -> None:
 def test_explain(run: Run, folder: Path, card: None) -> None:
     forkserver()
     make = functools.partial(FakeBench, folder.parent / "log")
-    tuner.tune_key(KEY, H100, make, deadline=time.monotonic() + 60, workers=1, method="forkserver")
+    tuner.tune([KEY], H100, make, seconds=60, workers=1, method="forkserver", reach=True)
     code, output, _ = run("explain", KEY, "--top", 2)
     assert code == 0
     assert "14 candidates timed, 13 failed, 0 not tried to the end, 0 combinations left out" in output
@@ -146,7 +145,7 @@ def test_explain(run: Run, folder: Path, card: None) -> None:
     assert str(found).startswith("\n".join(lines[: first - 2])), "the Python API says the same"
     assert len(str(found).splitlines()) == len(lines) + 8, "ten candidates there"
     assert [outcome.microseconds for outcome in found.timed[:3]] == [5.0, 6.0, 6.0]
-    assert found.choice.origin == "heuristic" and len(found.failed) == 13
+    assert found.choice.origin == "exact" and len(found.failed) == 13
 
 
 def test_explain_what_was_left_out(run: Run, card: None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,17 +38,14 @@ def asked(folder: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in (folder / "log").read_text().splitlines())
 
 
-def tune_key(folder: Path, **changed: Any) -> tuner.Result:
-    given: dict[str, Any] = {
-        "deadline": time.monotonic() + 60,
-        "workers": 2,
-        "method": "forkserver",
-    }
-    return tuner.tune_key(KEY, H100, bench(folder), **{**given, **changed})
+def tune(folder: Path, **changed: Any) -> tuner.Result:
+    given: dict[str, Any] = {"seconds": 60, "workers": 2, "method": "forkserver", "reach": True}
+    (result,) = tuner.tune([KEY], H100, bench(folder), **{**given, **changed})
+    return result
 
 
 def test_the_fastest_that_is_right_wins(folder: Path) -> None:
-    result = tune_key(folder)
+    result = tune(folder)
     assert result.entry is not None
     assert result.entry.parameters == {"num_warps": 8, "num_stages": 2, "max_registers": 128}
     assert (result.entry.microseconds, result.entry.heuristic_microseconds) == (5.0, 14.0)
@@ -63,7 +59,7 @@ def test_the_fastest_that_is_right_wins(folder: Path) -> None:
     assert all(not outcome.times for outcome in result.outcomes if outcome.failure)
 
     before = asked(folder)
-    again = tune_key(folder)  # goes on where it was, and there is nothing left
+    again = tune(folder)  # goes on where it was, and there is nothing left
     assert asked(folder) == before and again.entry == result.entry
 
 
@@ -80,7 +76,7 @@ def test_the_heuristic_stays_where_nothing_is_faster(folder: Path, monkeypatch: 
 
 
 def test_no_time_at_all_changes_nothing(folder: Path) -> None:
-    result = tune_key(folder, deadline=time.monotonic() - 1)
+    result = tune(folder, seconds=-1)
     assert result.entry is None and not (folder / "log").exists()
 
 
@@ -96,16 +92,16 @@ def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Worker, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune_key(folder)
+        tune(folder)
     monkeypatch.setattr(Worker, "call", call)
-    result = tune_key(folder)
+    result = tune(folder)
     assert result.entry is not None and result.entry.microseconds == 5.0
     counts = asked(folder)
     assert counts["compile"] == 27 and counts["check"] == 18
 
 
 def test_progress_of_another_kernel_or_of_no_one_does_not_count(folder: Path) -> None:
-    tune_key(folder)
+    tune(folder)
     path = tuner.progress_file(KEY, H100)
     assert path is not None and len(tuner.outcomes(KEY, H100)) == 27
     content = json.loads(path.read_text())
@@ -186,5 +182,5 @@ def test_a_worker_survives_what_its_process_does_not(folder: Path) -> None:
 def test_the_likely_candidates_come_first() -> None:
     heuristic = choice.heuristic(KEY, H100)
     tried, _ = space.candidates("readout", KEY, H100)
-    steps = [tuner._steps("readout", parameters, heuristic) for parameters in tried]
+    steps = [space.steps("readout", parameters, heuristic) for parameters in tried]
     assert steps.count(0) == 1 and tried[steps.index(0)] == heuristic
