@@ -87,12 +87,12 @@ class RecurrentConfig:
 def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands.
 
-    NOTE [Hopper miscompile] ptxas 12.8, which Triton 3.6 and 3.7 bring, gives some products of the read-out with block_v
-    of 16 or 32 an undefined descriptor of their operand in shared memory (12.9 does not): the output is garbage, or the
-    card reports an illegal address. Narrow values are padded to 64 columns, where the descriptors are right.
-    Also with those versions, the key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gave wrong dk on an H100;
-    two or eight warps, or C = 32, were right, and small heads use two. No configuration enters this table without the
-    accuracy tests of ``tests/gpu`` passing on the card.
+    NOTE [Hopper miscompile] ptxas 12.8, which Triton 3.6 and 3.7 bring, leaves descriptors of operands in shared memory
+    undefined in the read-out if block_v is 16 or 32 (12.9 does not): the output is garbage, or the card reports an
+    illegal address. Narrow values are padded to 64 columns; ``tools/check_descriptors.py`` finds nothing there.
+    The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 once gave wrong dk on an H100; two or eight
+    warps, or C = 32, were right, and small heads use two. No configuration enters this table without the accuracy
+    tests of ``tests/gpu`` passing on the card.
     """
     large = padded_d > 128 or (is_fp32 and padded_d > 64)
     warps = 8 if padded_d > 128 else 4
