@@ -1,6 +1,6 @@
 """Compares the addresses that ptxas gave to the operands of Hopper's products with those that Triton asked for.
 
-    python tools/check_descriptors.py                        a grid of head dimensions, forward and backward (20 minutes)
+    python tools/check_descriptors.py                        a grid of head dimensions, in both passes (20 minutes)
     python tools/check_descriptors.py --shape 128,32,bf16    one shape: D, V and dtype
     python tools/check_descriptors.py --config block_v=32    as if config.py said so
 
