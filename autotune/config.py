@@ -93,10 +93,12 @@ class RecurrentConfig:
 def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
     """The configuration for head dimensions padded to powers of two (≥ 16) and fp16 or fp32 operands.
 
-    NOTE [Hopper miscompile] The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 gives wrong dk on an
-    H100 (Triton 3.6): two or eight warps, or C = 32, are right. Small heads use two warps, which keeps them off the
-    warpgroup instructions, and ``space.excluded`` leaves four out. No configuration enters here without the accuracy
-    tests of ``tests/gpu`` passing on the card.
+    NOTE [Hopper miscompile] ptxas 12.8, which Triton 3.6 and 3.7 bring, leaves descriptors of operands in shared memory
+    undefined in the read-out if block_v is 16 or 32 (12.9 does not): the output is garbage, or the card reports an
+    illegal address. Narrow values are padded to 64 columns; ``tools/check_descriptors.py`` finds nothing there.
+    The key-gradient kernel with four warps, D = 32, V = 64 and C = 64 once gave wrong dk on an H100; two or eight
+    warps, or C = 32, were right: small heads use two, and ``space.excluded`` leaves four out. No configuration enters
+    here without the accuracy tests of ``tests/gpu`` passing on the card.
     """
     large = padded_d > 128 or (is_fp32 and padded_d > 64)
     warps = 8 if padded_d > 128 else 4
@@ -106,7 +108,7 @@ def chunk_config(padded_d: int, padded_v: int, is_fp32: bool) -> ChunkConfig:
         chunk=(16 if large else 32) if is_fp32 else 32 if large else 64,
         solve_block_s=padded_d if not (large and is_fp32) else 64 if padded_d <= 128 else 32,
         block_s=min(padded_d, 32 if is_fp32 else 64) if large else padded_d,
-        block_v=min(padded_v, 32 if large else 64),
+        block_v=min(padded_v, 32) if large else min(padded_v, 64) if is_fp32 else 64,
         block_state=128 if padded_d <= 128 else 32 if is_fp32 else 64,
         increment_columns=min(padded_d, 64 if is_fp32 else 128),
         scan_entries=2048,

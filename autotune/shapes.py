@@ -64,7 +64,8 @@ class Shape:
         and backward are tuned; alpha, beta, decay and solve apply. Raises ``ValueError`` for anything else.
         """
         sizes: dict[str, int] = {}
-        options, dtype, passes = set(_USUAL), "bf16", ("forward", "backward")
+        options, dtype = set(_USUAL), "bf16"
+        passes: tuple[str, ...] = ("forward", "backward")
         for part in text.split(","):
             name = part.rstrip("0123456789")
             if name in _SIZES and name != part:

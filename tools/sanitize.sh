@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# compute-sanitizer's memcheck and racecheck over a few small tests that together run every kernel: forward and backward, packed
-# sequences, grouped heads, V != D, 16-bit and fp32 operands, without a solve, and decode. Needs a CUDA card.
+# Looks for accesses out of bounds and for races in a few small tests that together run every kernel: forward and backward, packed
+# sequences, grouped heads, V != D, 16-bit and fp32 operands, without a solve, and decode. Needs a CUDA card. Three tools:
+# compute-sanitizer's memcheck and racecheck, and stalls, random ones of single warps (tests/helpers/stalls.py), for racecheck does
+# not see what asynchronous products read.
 #
 #   tools/sanitize.sh [PYTHON]      COMPUTE_SANITIZER=/path/to/compute-sanitizer   LOGS=build/sanitize
 #   SHARDS=12 tools/sanitize.sh     all tests of the kernels, in so many processes at once
-#   TOOLS=racecheck                 one of the two alone
+#   TOOLS="racecheck stalls"        some of the three
 #
-# PyTorch's caching allocator is off, for it hands out parts of large blocks, whose neighbours an out-of-bounds access would
-# hit unseen. Only our own kernels are instrumented. racecheck sees shared memory only.
+# PyTorch's caching allocator is off under compute-sanitizer, for it hands out parts of large blocks, whose neighbours an
+# out-of-bounds access would hit unseen. Only our own kernels are instrumented.
+#
+# NOTE [Results under memcheck] memcheck (2025.3) instruments spills to local memory too. Where ptxas puts one between a warpgroup's
+# product and the wait for it, sums come out wrong, up to NaN, under memcheck alone: with ptxas 12.8, 12.9 and 13.5 alike, and not
+# under racecheck, with stalls, or as they are. So memcheck's findings count and what tests say under it is only reported; it counts
+# from the other runs.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:-.venv/bin/python}
@@ -47,23 +54,31 @@ if [ -n "${SHARDS:-}" ]; then
     fi
 fi
 
+only_assertions_failed() { # LOG
+    grep -q '^E  *AssertionError' "$1" && ! grep -q ' skipped\|^ERROR ' "$1" && ! grep '^E  *[A-Za-z.]*Error' "$1" | grep -qv AssertionError
+}
+
 # A test that was skipped or renamed is not taken for a clean one.
 run_all() { # NAME COMMAND...: every group at once; fails if one does
-    local name=$1 group pid failed=0 ids
+    local name=$1 group pid code failed=0 ids log
     shift
     declare -A pids=()
     for group in "${!groups[@]}"; do
         mapfile -t ids < <(printf '%s\n' "${groups[$group]}" | grep .)
-        "$@" "$python" -m pytest -q -p no:cacheprovider -p no:xdist "${ids[@]}" >"$logs/$name-$group.log" 2>&1 &
+        "$@" -m pytest -q -p no:cacheprovider -p no:xdist "${plugins[@]}" "${ids[@]}" >"$logs/$name-$group.log" 2>&1 &
         pids[$group]=$!
     done
     for group in "${!pids[@]}"; do
-        pid=${pids[$group]}
-        if wait "$pid" && grep -q ' passed' "$logs/$name-$group.log" && ! grep -q ' skipped' "$logs/$name-$group.log"; then
+        log=$logs/$name-$group.log
+        wait "${pids[$group]}"
+        code=$?
+        if [ $code -eq 0 ] && grep -q ' passed' "$log" && ! grep -q ' skipped' "$log"; then
             echo "$name $group: clean"
+        elif [ "$name" = memcheck ] && [ $code -eq 1 ] && grep -q 'ERROR SUMMARY: 0 errors' "$log" && only_assertions_failed "$log"; then
+            echo "$name $group: clean, but results differ (NOTE [Results under memcheck]): $(grep -c '^FAILED' "$log") tests"
         else
-            echo "$name $group: FAILED, see $logs/$name-$group.log" >&2
-            tail -n 15 "$logs/$name-$group.log" >&2
+            echo "$name $group: FAILED, see $log" >&2
+            tail -n 15 "$log" >&2
             failed=1
         fi
     done
@@ -71,16 +86,24 @@ run_all() { # NAME COMMAND...: every group at once; fails if one does
 }
 
 # First as they are: this compiles the kernels, side by side and only once.
-run_all plain || exit 1
+plugins=()
+run_all plain "$python" || exit 1
 
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-check=("$sanitizer" --target-processes all --kernel-regex kns=chunk_ --kernel-regex kns=recurrent_ --report-api-errors no --error-exitcode 1)
+check=("$sanitizer" --target-processes all --kernel-regex kns=chunk_ --kernel-regex kns=recurrent_ --report-api-errors no --error-exitcode 9)
 status=0
-for tool in ${TOOLS:-memcheck racecheck}; do
-    options=()
-    if [ "$tool" = racecheck ]; then
-        options=(--racecheck-report analysis)
-    fi
-    run_all "$tool" "${check[@]}" --tool "$tool" "${options[@]}" || status=1
+for tool in ${TOOLS:-memcheck racecheck stalls}; do
+    case $tool in
+    memcheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_all $tool "${check[@]}" --tool memcheck "$python" || status=1 ;;
+    racecheck) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_all $tool "${check[@]}" --tool racecheck --racecheck-report analysis "$python" || status=1 ;;
+    stalls)
+        plugins=(-p tests.helpers.stalls)
+        TRITON_CACHE_DIR=$(mktemp -d) run_all $tool "$python" || status=1
+        plugins=()
+        ;;
+    *)
+        echo "sanitize: expected memcheck, racecheck or stalls, got $tool" >&2
+        exit 2
+        ;;
+    esac
 done
 exit $status

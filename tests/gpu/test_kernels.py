@@ -169,6 +169,14 @@ def test_other_head_dimensions(D: int, V: int) -> None:
     check(problem_on_card(T=100, H=2, D=D, V=V))
 
 
+@pytest.mark.parametrize("num_iter", [0, 30])
+@pytest.mark.parametrize("V", [16, 32])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_narrow_values(D: int, V: int, num_iter: int) -> None:
+    """Blocks of so few columns came out as garbage: NOTE [Hopper miscompile] in autotune/config.py."""
+    check(problem_on_card(T=100, H=2, D=D, V=V, state=True), num_iter=num_iter)
+
+
 @pytest.mark.parametrize(("D", "V"), [(16, 48), (128, 128), (160, 48), (256, 256)])
 @pytest.mark.parametrize("num_iter", [0, 30])
 def test_fp32_at_other_head_dimensions(D: int, V: int, num_iter: int) -> None:
