@@ -37,6 +37,8 @@ _ROUNDS = 5
 _HOPELESS = 1.1  # times slower than the best is not timed again
 _WORTH_IT = 0.99  # of the heuristic's time: less of a gain is noise, and the heuristic stays
 _MOST_STARTS = 2  # once may have been someone who stopped the tuning
+_COMPILING = 0.7  # of all the time: what is not compiled then is not tried
+_POLL_SECONDS = 0.1
 _MORE_SPILLS = 256  # registers a thread: so many more than the heuristic's never pay
 _COMPILE_SECONDS = 180.0
 _RUN_SECONDS = 60.0
@@ -164,9 +166,14 @@ class _Builds:
         if build not in self._builds:
             self._builds[build] = self._threads.submit(self._compile, key, parameters)
 
-    def wait(self, key: Key, parameters: Parameters, deadline: float) -> dict[str, int]:
-        """What the build takes. Raises ``TimeoutError`` at the deadline, ``WorkerError`` if there is no build."""
-        return self._builds[self._name(key, parameters)].result(max(0.0, deadline - time.monotonic()))
+    def ready(self, key: Key, parameters: Parameters) -> bool:
+        """Whether the build is through, or was never wanted."""
+        build = self._builds.get(self._name(key, parameters))
+        return build is None or build.done()
+
+    def result(self, key: Key, parameters: Parameters) -> dict[str, int]:
+        """What the build takes. Raises ``TimeoutError`` if it is not through, ``WorkerError`` if there is none."""
+        return self._builds[self._name(key, parameters)].result(0)
 
     def done(self) -> tuple[int, int]:
         """How many builds are through, and how many there are."""
@@ -205,22 +212,30 @@ def _tune(
     keys: Sequence[Key], device: Device, make: Callable[[], Bench], seconds: float, workers: int, method: str,
     reach: bool, log: Callable[[str], None], progress: Progress,
 ) -> Iterator[Result]:  # fmt: skip
-    end = time.monotonic() + seconds
-    jobs = [(key, dict(choice.heuristic(key, device))) for key in keys]
-    candidates = [_outcomes_to_be(key, device, heuristic, reach) for key, heuristic in jobs]
+    begin = time.monotonic()
+    end, patience = begin + seconds, begin + _COMPILING * seconds
+    jobs = []
+    for key in keys:
+        heuristic = dict(choice.heuristic(key, device))
+        jobs.append((key, heuristic, _outcomes_to_be(key, device, heuristic, reach)))
     with _Builds(make, method, workers, end) as builds, Worker(make, method) as runner:
-        for (key, _), found in zip(jobs, candidates, strict=True):
+        for key, _, found in jobs:
             for outcome in found:
                 if outcome.failure is None and not outcome.resources:
                     builds.want(key, outcome.parameters)
-        for i, ((key, heuristic), found) in enumerate(zip(jobs, candidates, strict=True)):
+        while jobs:
             progress("compile", *builds.done(), "")
-            progress("measure", i, len(keys), str(key))
             now = time.monotonic()
-            deadline = now + max(0.0, end - now) / (len(keys) - i)
-            _collect(found, key, heuristic, builds, deadline, log)
+            ready = (i for i, (key, _, found) in enumerate(jobs) if all(builds.ready(key, o.parameters) for o in found))
+            first = next(ready, None)
+            if first is None and now < patience:
+                time.sleep(_POLL_SECONDS)
+                continue
+            progress("measure", len(keys) - len(jobs), len(keys), str(jobs[first or 0][0]))
+            key, heuristic, found = jobs.pop(first or 0)
+            _collect(found, key, heuristic, builds, log)
             _keep(key, device, found)
-            _measure(found, key, device, runner, deadline, log)
+            _measure(found, key, device, runner, now + max(0.0, end - now) / (len(jobs) + 1), log)
             entry = _winner(key, found, heuristic)
             log(f"{key}: {_name(entry.parameters) if entry else 'nothing that works'}")
             yield Result(key, entry, found)
@@ -237,13 +252,13 @@ def _outcomes_to_be(key: Key, device: Device, heuristic: Parameters, reach: bool
 
 
 def _collect(
-    found: list[Outcome], key: Key, heuristic: Parameters, builds: _Builds, deadline: float, log: Callable[[str], None]
+    found: list[Outcome], key: Key, heuristic: Parameters, builds: _Builds, log: Callable[[str], None]
 ) -> None:
-    """Notes what the builds take, and which there are none of."""
+    """Notes what the builds take that are through, and which there are none of."""
     for outcome in found:
         if outcome.failure is None and not outcome.resources:
             try:
-                outcome.resources = builds.wait(key, outcome.parameters, deadline)
+                outcome.resources = builds.result(key, outcome.parameters)
             except WorkerError as error:
                 outcome.failure = f"compile {error}"
                 log(f"{key} {_name(outcome.parameters)}: {outcome.failure}")
@@ -322,7 +337,8 @@ def tune(
     Args:
         keys: what to tune; see ``choice.lookup``, whose warnings name them.
         make: returns a :class:`Bench`; it is called in other processes.
-        seconds: the time that all of it may take. Each key is given an even share of what is left.
+        seconds: the time that all of it may take. Keys are measured as their builds are through, each for an even share
+            of the time that is left then.
         workers: processes that compile; by default as many as there are cores, less the one that measures.
         reach: try all of the space, not only what is near the heuristic.
         progress: is told how far the phases are: (phase, done, total, what is next).
@@ -338,10 +354,12 @@ def tune(
         if path is None and folder is not None:
             path = folder / table.file_name(device)
         given = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
-        for result in _tune(list(keys), device, make, seconds, given, method, reach, log, progress):
+        keys = list(dict.fromkeys(keys))
+        for result in _tune(keys, device, make, seconds, given, method, reach, log, progress):
             results.append(result)
             if result.entry is not None and path is not None:
                 table.add(path, device, {result.key: result.entry})
+        results.sort(key=lambda result: keys.index(result.key))
     choice.reload()
     share_tables()
     return results

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -83,6 +85,7 @@ def _signal(code: int) -> str:
 
 
 def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Triton prints whole kernels that do not compile
     try:
         target = make()
         pipe.send((True, None))
