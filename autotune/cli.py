@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +22,11 @@ from gka_ops.autotune import choice, screen, space, table, tuner
 from gka_ops.autotune.device import Device, current
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.report import Rows, described, explain, gain
-from gka_ops.autotune.shapes import DEFAULT, Shape, from_model_config, keys_of
 from gka_ops.autotune.table import Entry, Table
 from gka_ops.autotune.worker import Worker, WorkerError
+
+if TYPE_CHECKING:
+    from gka_ops.autotune.shapes import Shape
 
 _VERIFY_SECONDS = 300.0
 
@@ -116,6 +119,8 @@ def _add_keys(parser: argparse.ArgumentParser, otherwise: str) -> None:
 
 
 def _shapes(text: str) -> Sequence[Shape]:
+    from gka_ops.autotune.shapes import Shape, from_model_config
+
     try:
         return from_model_config(Path(text)) if text.endswith(".json") else [Shape.parse(text)]
     except (OSError, ValueError) as error:
@@ -138,12 +143,22 @@ def _card(name: str | None, ordinal: int = 0) -> Device:
     raise _NoCardError(f"expected a card that there is a table for ({names}), got {name}")
 
 
+def _keys(options: argparse.Namespace, device: Device, *, default: bool = False) -> list[Key]:
+    """The keys and shapes that are named; where none is, and if wanted, those of the default shapes."""
+    found = dict.fromkeys(options.key)
+    if options.shapes or (default and not found):
+        from gka_ops.autotune.shapes import DEFAULT, keys_of
+
+        found |= dict.fromkeys(keys_of(options.shapes or DEFAULT, device))
+    return list(found)
+
+
 # ------------------------------------------------------------------------------------------------------------- commands
 def _show(options: argparse.Namespace) -> int:
     device = _card(options.card)
-    keys = {*options.key, *keys_of(options.shapes, device)}
+    keys = _keys(options, device)
     if not keys:
-        keys = {key for _, found in choice.read_all() if found.device == device for key in found.entries}
+        keys = list({key for _, found in choice.read_all() if found.device == device for key in found.entries})
     if not keys:
         looked = ", ".join(map(str, choice.folders(choice.mode())))
         print(f"no table has an entry for {device.name}; looked in {looked}")
@@ -218,8 +233,7 @@ def _tune(options: argparse.Namespace) -> int:
     if options.into is None and table.user_folder() is None:
         print(f"nothing is tuned: {table.NO_FOLDER}", file=sys.stderr)
         return 1
-    shapes = options.shapes if options.key or options.shapes else DEFAULT
-    keys = list(dict.fromkeys([*options.key, *keys_of(shapes, device)]))
+    keys = _keys(options, device, default=True)
     known = {key: choice.lookup(key, device).origin for key in keys}
     with screen.progress() as progress:
         results = tuner.tune(
