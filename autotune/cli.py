@@ -9,7 +9,6 @@ Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing k
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -276,15 +275,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench() -> partial[tuner.Bench]:
-    return partial(_make_bench, torch.cuda.current_device())
-
-
-def _make_bench(index: int) -> tuner.Bench:
-    from gka_ops.autotune.measure import Bench
-
-    torch.cuda.set_device(index)
-    os.environ["GKA_OPS_AUTOTUNE"] = "shipped"  # the other kernels of a call run as they do everywhere
-    return Bench()
+    return partial(tuner.bench_on, torch.cuda.current_device())
 
 
 if __name__ == "__main__":

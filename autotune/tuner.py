@@ -12,10 +12,12 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
@@ -23,7 +25,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from gka_ops.autotune import choice, space, table
-from gka_ops.autotune.device import Device
+from gka_ops.autotune.device import Device, current
 from gka_ops.autotune.fingerprint import fingerprint, triton_version
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.space import Parameters
@@ -127,6 +129,8 @@ def outcomes(key: Key, device: Device) -> list[Outcome]:
             if tried and timed and isinstance(outcome.failure, str | None) and type(outcome.starts) is int:
                 if outcome.starts >= _MOST_STARTS:
                     outcome.failure = "never came back"
+                elif outcome.failure is not None and "OutOfMemoryError" in outcome.failure:  # somebody else had it then
+                    outcome.failure = None
                 found.append(outcome)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
@@ -325,8 +329,18 @@ def _name(parameters: Parameters) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(parameters.items()) if value is not None)
 
 
+def bench_on(ordinal: int) -> Bench:
+    """What measures on a card. It belongs into a process of its own, whose launches it changes."""
+    from gka_ops.autotune.measure import Bench
+
+    torch.cuda.set_device(ordinal)
+    os.environ["GKA_OPS_AUTOTUNE"] = "shipped"  # the other kernels of a call run as they do everywhere
+    return Bench()
+
+
 def tune(
-    keys: Iterable[Key], device: Device, make: Callable[[], Bench], *, seconds: float = 480.0,
+    keys: Iterable[Key], device: Device | None = None, make: Callable[[], Bench] | None = None, *,
+    seconds: float = 480.0,
     workers: int | None = None, path: Path | None = None, method: str = "spawn", reach: bool = False,
     log: Callable[[str], None] = lambda _: None, progress: Progress = lambda *_: None,
 ) -> list[Result]:  # fmt: skip
@@ -335,8 +349,9 @@ def tune(
     In a distributed job all ranks call it. Rank 0 tunes, and all launch what its tables say from then on.
 
     Args:
-        keys: what to tune; see ``choice.lookup``, whose warnings name them.
-        make: returns a :class:`Bench`; it is called in other processes.
+        keys: what to tune: ``keys_of`` makes them from shapes, and warnings of ``lookup`` name them.
+        device: what it is for; by default the current card.
+        make: returns a :class:`Bench`, in other processes; by default one that measures on the current card.
         seconds: the time that all of it may take. Keys are measured as their builds are through, each for an even share
             of the time that is left then.
         workers: processes that compile; by default as many as there are cores, less the one that measures.
@@ -350,8 +365,12 @@ def tune(
         raise RuntimeError(f"expected to be called outside of a captured or traced region: {reason}")
     results: list[Result] = []
     if _rank() == 0:
+        device = device or current(torch.cuda.current_device())
+        make = make or partial(bench_on, torch.cuda.current_device())
         folder = table.user_folder()
-        if path is None and folder is not None:
+        if path is None and folder is None:
+            warnings.warn(f"what is found is not kept: {table.NO_FOLDER}", UserWarning, stacklevel=2)
+        elif path is None and folder is not None:
             path = folder / table.file_name(device)
         given = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
         keys = list(dict.fromkeys(keys))

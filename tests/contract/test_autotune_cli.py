@@ -7,16 +7,14 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from gka_ops import autotune
-from gka_ops.autotune import choice, cli, screen, table, tuner
+from gka_ops.autotune import choice, cli, screen, shapes, table, tuner
 from gka_ops.autotune.report import Rows
 from gka_ops.autotune.worker import WorkerError
 from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, isolate, key_of
@@ -44,12 +42,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture
-def shapes() -> ModuleType:
-    found: ModuleType = pytest.importorskip("gka_ops.autotune.shapes", reason="shapes are not there yet")
-    return found
 
 
 @pytest.fixture
@@ -89,7 +81,7 @@ def test_a_command_line_that_is_not_understood(arguments: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("shape", ["large", "no-such-model.json"])
-def test_shapes_that_are_not_understood(shape: str, shapes: ModuleType) -> None:
+def test_shapes_that_are_not_understood(shape: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["tune", "--shapes", shape])
     assert exit_.value.code == 2
@@ -120,7 +112,7 @@ def test_show(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
-def test_show_a_shape(run: Run, folder: Path, shapes: ModuleType) -> None:
+def test_show_a_shape(run: Run, folder: Path) -> None:
     add(folder)
     code, output, _ = run("show", "--card", "h100", "--shapes", SHAPE, "--key", OTHER)
     assert code == 0
@@ -236,7 +228,6 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> Tuned:
     return found
 
 
-@pytest.mark.skipif("progress" not in signature(tuner.tune).parameters, reason="the tuner tells no progress yet")
 def test_tune(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver()
     monkeypatch.setattr(cli, "_bench", lambda: functools.partial(FakeBench, folder.parent / "log"))
@@ -247,7 +238,7 @@ def test_tune(run: Run, folder: Path, card: None, monkeypatch: pytest.MonkeyPatc
     assert content["entries"][str(KEY)]["parameters"]["num_warps"] == 8
 
 
-def test_what_is_tuned(run: Run, card: None, tuned: Tuned, tmp_path: Path, shapes: ModuleType) -> None:
+def test_what_is_tuned(run: Run, card: None, tuned: Tuned, tmp_path: Path) -> None:
     assert run("tune")[0] == 0
     assert tuned.keys == autotune.keys_of(shapes.DEFAULT, H100)
     assert (tuned.given["seconds"], tuned.given["workers"], tuned.given["path"], tuned.given["reach"]) == (

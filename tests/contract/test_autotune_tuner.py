@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections import Counter
@@ -14,7 +15,16 @@ import torch
 
 from gka_ops.autotune import choice, space, table, tuner
 from gka_ops.autotune.worker import Worker, WorkerError
-from tests.helpers.autotune import FORWARD, H100, FakeBench, forkserver, key_of, run_processes, share_among_ranks
+from tests.helpers.autotune import (
+    BACKWARD,
+    FORWARD,
+    H100,
+    FakeBench,
+    forkserver,
+    key_of,
+    run_processes,
+    share_among_ranks,
+)
 
 KEY = key_of()
 
@@ -125,6 +135,51 @@ def test_tuning_fills_the_table(folder: Path) -> None:
         found = choice.lookup(key, H100)
         assert found.origin == "exact" and found.parameters["num_warps"] == 8
         assert found.file == folder / "user" / table.file_name(H100)
+
+
+def test_keys_of_the_same_code_share_their_builds(folder: Path) -> None:
+    longer, backward = key_of(problem=FORWARD._replace(T=64)), key_of("backward_readout", problem=BACKWARD)
+    tuner.tune([KEY, longer], H100, bench(folder), seconds=60, workers=2, method="forkserver")
+    name = tuner._Builds._name
+    parameters = choice.heuristic(KEY, H100)
+    assert name(KEY, parameters) == name(longer, parameters) != name(KEY, {**parameters, "num_warps": 8})
+    assert name(backward, parameters) != name(dataclasses.replace(backward, T=64), parameters), "slabs"
+    assert asked(folder)["compile"] == len(space.candidates("readout", KEY, H100, parameters)[0])
+
+
+def test_what_spills_far_more_than_the_heuristic_is_not_run() -> None:
+    heuristic = dict(choice.heuristic(KEY, H100))
+    found = [
+        tuner.Outcome({**heuristic, "num_stages": stages}, resources={"spills": spills})
+        for stages, spills in ((heuristic["num_stages"], 10), (2, 200), (3, 300))
+    ]
+    tuner._collect(found, KEY, heuristic, None, print)  # type: ignore[arg-type]  (nothing is to be compiled)
+    assert [outcome.failure for outcome in found] == [None, None, "spills 300 registers a thread, the heuristic 10"]
+
+
+def test_memory_that_ran_out_may_be_there_next_time(folder: Path) -> None:
+    tune(folder)
+    path = tuner.progress_file(KEY, H100)
+    assert path is not None
+    content = json.loads(path.read_text())
+    content["outcomes"][0]["failure"] = "time failed: OutOfMemoryError: CUDA out of memory"
+    path.write_text(json.dumps(content))
+    assert tuner.outcomes(KEY, H100)[0].failure is None
+
+
+def test_without_a_folder_what_is_found_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "user_folder", lambda: None)
+    with pytest.warns(UserWarning, match="GKA_OPS_AUTOTUNE_DIR"):
+        result = tune(folder)
+    assert result.entry is not None and choice.lookup(KEY, H100).origin == "heuristic"
+
+
+def test_by_default_what_is_near_the_heuristic_is_tried() -> None:
+    heuristic = choice.heuristic(KEY, H100)
+    near, _ = space.candidates("readout", KEY, H100, heuristic)
+    everything, _ = space.candidates("readout", KEY, H100)
+    assert near == [each for each in everything if space.steps("readout", each, heuristic) <= 2]
+    assert heuristic in near and 1 < len(near) < len(everything)
 
 
 def test_ranks_launch_what_rank_0_says(folder: Path) -> None:
