@@ -147,8 +147,9 @@ def recurrent_config(padded_d: int, padded_v: int, one_token: bool) -> Recurrent
 
     With one token H is gone when U comes, and its registers take as much of U; with more both are held at once.
     """
+    columns = 32 if not one_token or padded_d > 128 else 128 if padded_d == 128 else 64
     return RecurrentConfig(
-        block_v=min(padded_v, 64 if one_token and padded_d <= 128 else 32),
+        block_v=min(padded_v, columns),
         width=2,
         chains=2,
         kernel=KernelConfig(16, 1, max_registers=128) if padded_d > 128 else KernelConfig(max(1, padded_d // 32), 1),

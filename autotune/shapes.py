@@ -14,6 +14,7 @@ from gka_ops.autotune.key import DTYPES, OPTIONS, PASSES, Key, Problem, bucket
 
 _SIZES = ("B", "T", "H", "Hkv", "D", "V")
 _USUAL = frozenset({"alpha", "beta", "decay", "solve"})
+_LAYER = frozenset({"alpha", "beta", "gate", "l2norm", "solve"})  # what GatedKalmaNet gives
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _TRAINING, _PROMPT, _SEQUENCES = 8192, 8192, (1, 8, 64)  # of a model
 
@@ -112,10 +113,9 @@ def from_model_config(config: Path | Mapping[str, Any]) -> list[Shape]:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if name not in _DTYPE_NAMES:
         raise ValueError(f"expected dtype among {', '.join(_DTYPE_NAMES)}, got {name[:40]!r}")
-    options = {"alpha", "beta", "gate", "l2norm", "solve"}  # what GatedKalmaNet gives
 
     def shape(B: int, T: int, *passes: str) -> Shape:
-        return Shape(B, T, H, Hkv, D, D, _DTYPE_NAMES[name], passes, frozenset(options))
+        return Shape(B, T, H, Hkv, D, D, _DTYPE_NAMES[name], passes, _LAYER)
 
     decode = [shape(B, 1, "decode") for B in _SEQUENCES]
     return [shape(1, _TRAINING, "forward", "backward"), shape(1, _PROMPT, "forward"), *decode]
@@ -148,6 +148,8 @@ _BOTH = ("forward", "backward")
 DEFAULT = (
     Shape(B=2, passes=_BOTH),
     Shape(B=2, passes=_BOTH, options=_USUAL - {"solve"}),
+    Shape(B=2, passes=_BOTH, options=_LAYER),
+    Shape(B=64, T=1, passes=("decode",), options=_LAYER),
     Shape(B=2, V=0),
     Shape(Hkv=8),
     *(Shape(B=B, T=1, Hkv=8, passes=("decode",)) for B in (1, 64, 256)),
@@ -156,4 +158,4 @@ DEFAULT = (
     Shape(T=2048, H=8, Hkv=8, D=256, V=256),
     Shape(dtype="fp32"),
 )
-"""The calls that ``perf.bars`` measures; tables are shipped for them."""
+"""The calls that ``perf.bars`` measures, and the layer's; tables are shipped for them."""

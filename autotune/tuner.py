@@ -218,7 +218,7 @@ def _tune(
 ) -> Iterator[Result]:  # fmt: skip
     begin = time.monotonic()
     end, patience = begin + seconds, begin + _COMPILING * seconds
-    jobs = []
+    jobs, again = [], set[Key]()
     for key in keys:
         heuristic = dict(choice.heuristic(key, device))
         jobs.append((key, heuristic, _outcomes_to_be(key, device, heuristic, reach)))
@@ -235,11 +235,15 @@ def _tune(
             if first is None and now < patience:
                 time.sleep(_POLL_SECONDS)
                 continue
-            progress("measure", len(keys) - len(jobs), len(keys), str(jobs[first or 0][0]))
-            key, heuristic, found = jobs.pop(first or 0)
+            key, heuristic, found = job = jobs.pop(first or 0)
+            progress("measure", max(0, len(keys) - len(jobs) - 1), len(keys), str(key))
             _collect(found, key, heuristic, builds, log)
             _keep(key, device, found)
-            _measure(found, key, device, runner, now + max(0.0, end - now) / (len(jobs) + 1), log)
+            through = _measure(found, key, device, runner, now + max(0.0, end - now) / (len(jobs) + 1), log)
+            if not through and key not in again:  # later keys may leave some of their time
+                again.add(key)
+                jobs.append(job)
+                continue
             entry = _winner(key, found, heuristic)
             log(f"{key}: {_name(entry.parameters) if entry else 'nothing that works'}")
             yield Result(key, entry, found)
@@ -277,8 +281,11 @@ def _collect(
 
 def _measure(
     found: list[Outcome], key: Key, device: Device, runner: Worker, deadline: float, log: Callable[[str], None]
-) -> None:
-    """Checks what is compiled, and times what is right: all candidates once, then again those that may win."""
+) -> bool:
+    """Checks what is compiled, and times what is right: all candidates once, then again those that may win.
+
+    Returns whether it came to the end before the deadline.
+    """
 
     def attempt(outcome: Outcome, what: str) -> Any:
         outcome.starts += 1
@@ -292,9 +299,9 @@ def _measure(
             outcome.starts -= 1
 
     for outcome in found:
-        if time.monotonic() > deadline:
-            break
         if outcome.failure is None and outcome.resources and not outcome.checked:
+            if time.monotonic() > deadline:
+                return False
             wrong = attempt(outcome, "check")
             if outcome.failure is None:
                 outcome.checked, outcome.failure = True, wrong
@@ -304,11 +311,14 @@ def _measure(
         for outcome in found:
             usable = outcome.failure is None and outcome.checked and len(outcome.times) <= round_
             hopeless = round_ > 0 and outcome.microseconds > _HOPELESS * best
-            if usable and not hopeless and time.monotonic() < deadline:
+            if usable and not hopeless:
+                if time.monotonic() > deadline:
+                    return False
                 microseconds = attempt(outcome, "time")
                 if microseconds is not None:
                     outcome.times.append(float(microseconds))
     _keep(key, device, found)
+    return True
 
 
 def _winner(key: Key, found: list[Outcome], heuristic: Parameters) -> Entry | None:

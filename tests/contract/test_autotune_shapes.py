@@ -101,6 +101,6 @@ def test_keys_are_those_of_all_kernels_that_are_launched() -> None:
 
 def test_what_tables_are_shipped_for() -> None:
     found = shapes.keys_of(shapes.DEFAULT, H100)
-    assert len(set(found)) == len(found) <= 40, "eight minutes are enough"
+    assert len(set(found)) == len(found) <= 50, "eight minutes are enough"
     assert all(Key.parse(str(key)) == key for key in found)
     assert {key.kernel for key in found} == space.KERNELS.keys() - {"backward_solve", "backward_key"}

@@ -85,6 +85,22 @@ def test_the_heuristic_stays_where_nothing_is_faster(folder: Path, monkeypatch: 
     assert tuner._winner(KEY, [tuner.Outcome(heuristic)], heuristic) is None
 
 
+def test_a_key_gets_what_time_others_leave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = key_of(problem=FORWARD._replace(T=64))
+    measured: list[Any] = []
+    measure = tuner._measure
+
+    def hasty(found: Any, key: Any, device: Any, runner: Any, deadline: float, log: Any) -> bool:
+        measured.append(key)
+        return measure(found, key, device, runner, 0.0 if len(measured) == 1 else deadline, log)
+
+    monkeypatch.setattr(tuner, "_measure", hasty)
+    results = tuner.tune([KEY, other], H100, bench(folder), seconds=60, workers=2, method="forkserver")
+    assert measured == [KEY, other, KEY]
+    assert [result.key for result in results] == [KEY, other]
+    assert all(result.entry is not None for result in results)
+
+
 def test_no_time_at_all_changes_nothing(folder: Path) -> None:
     result = tune(folder, seconds=-1)
     assert result.entry is None and not (folder / "log").exists()
