@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -49,17 +49,23 @@ class Bench:
         launcher._replayable = lambda tensor: False  # every launch passes by ``launch``
 
     def compile(self, key: Key, parameters: Parameters) -> dict[str, int]:
+        """All builds that a call wants: slabs of a backward want several. The most of each number counts."""
         found: dict[str, int] = {}
-
-        def compiled(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        for kernel, grid, arguments in self._launches(key, parameters):
             binary = kernel.warmup(grid=grid, **arguments)
             binary.run  # noqa: B018  (a property that loads)
-            found["registers"], found["spills"] = binary.n_regs, binary.n_spills
-            found["shared_memory"] = binary.metadata.shared
-            raise _Enough
+            used = {"registers": binary.n_regs, "spills": binary.n_spills, "shared_memory": binary.metadata.shared}
+            found = {name: max(number, found.get(name, 0)) for name, number in used.items()}
+        return found
 
-        with _cut_like(key):
-            self._run_until(key, parameters, _inputs(key, self._device, small=True), compiled, launch_others=False)
+    def _launches(self, key: Key, parameters: Parameters) -> list[tuple[Any, Any, dict[str, Any]]]:
+        """The kernel, grid and arguments of every launch of the kernel in a call, of which none is done."""
+        found: list[tuple[Any, Any, dict[str, Any]]] = []
+        inputs = _inputs(key, self._device, small=True)
+        with _cut_like(key), _forced(key, parameters), _watched(key, lambda *l: found.append(l), launching=False):
+            _results(key, inputs, "triton")
+        if not found:
+            raise RuntimeError(f"{key} is not launched by such a call")
         return found
 
     def check(self, key: Key, parameters: Parameters) -> str | None:
@@ -106,20 +112,11 @@ class Bench:
                 samples.append(1e3 * start.elapsed_time(end) / _REPEATS)
             raise _Enough
 
-        self._run_until(key, parameters, self._inputs, timed)
+        with suppress(_Enough), _forced(key, parameters), _watched(key, timed):
+            _results(key, self._inputs, "triton")
+        if not samples:
+            raise RuntimeError(f"{key} is not launched by such a call")
         return statistics.median(samples)
-
-    def _run_until(
-        self, key: Key, parameters: Parameters, inputs: dict[str, Any],
-        do: Callable[[Any, Any, dict[str, Any]], None], *, launch_others: bool = True,
-    ) -> None:  # fmt: skip
-        """Runs the operator up to the launch in question, and does that in its place."""
-        try:
-            with _forced(key, parameters), _watched(key, do, launch_others=launch_others):
-                _results(key, inputs, "triton")
-        except _Enough:
-            return
-        raise RuntimeError(f"{key} is not launched by such a call")
 
 
 @contextmanager
@@ -129,10 +126,8 @@ def _forced(key: Key, parameters: Parameters) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(
-    key: Key, see: Callable[[Any, Any, dict[str, Any]], None], *, launch_others: bool = True
-) -> Iterator[None]:
-    """Shows the launches of a key's kernel in its pass, before they happen. Without ``launch_others`` none happens."""
+def _watched(key: Key, see: Callable[[Any, Any, dict[str, Any]], None], *, launching: bool = True) -> Iterator[None]:
+    """Shows the launches of a key's kernel in its pass, before they happen; without ``launching`` none happens."""
     ordinary = _operators.launch
     _, function = space.KERNELS[key.kernel].source
 
@@ -140,7 +135,7 @@ def _watched(
         in_pass = key.when != "backward" or torch._C._current_graph_task_id() != -1
         if kernel.fn.__name__ == function and in_pass:
             see(kernel, grid, arguments)
-        if launch_others:
+        if launching:
             ordinary(kernel, grid, **arguments)
 
     _operators.launch = watching

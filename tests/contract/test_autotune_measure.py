@@ -35,29 +35,25 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
     ids=["plain", "all", "unsolved"],
 )
-def test_every_kernel_is_launched_by_the_call_of_its_key(
-    bench: Any, when: str, options: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gka_ops.autotune import measure
-
-    monkeypatch.setattr(measure._operators, "launch", lambda *_, **__: None)  # what comes before it does not matter
+def test_every_kernel_is_launched_by_the_call_of_its_key(bench: Any, when: str, options: set[str]) -> None:
     if when == "decode":
         options = options - {"varlen"}
     problem = SMALL._replace(when=when, C=1 if when == "decode" else 64, T=2, options=frozenset(options))
     config = choice.heuristic_config("recurrent" if when == "decode" else "state", "fp16", 16, 16, 2)
     for kernel in space.kernels_of(problem, config, None):
         key = space.KERNELS[kernel].key(problem)
-        seen = []
-
-        def stop(*launched: Any, seen: list[Any] = seen) -> None:
-            seen.append(launched)
-            raise measure._Enough
-
         parameters = choice.heuristic(key, H100)
-        bench._run_until(key, parameters, measure._inputs(key, "cpu", small=True), stop)
-        ((_, _, arguments),) = seen
-        assert arguments["num_warps"] == parameters["num_warps"]
-        assert (arguments.get("cu_seqlens") is not None) == ("varlen" in key.options)
+        for _, _, arguments in bench._launches(key, parameters):
+            assert arguments["num_warps"] == parameters["num_warps"]
+            assert (arguments.get("cu_seqlens") is not None) == ("varlen" in key.options)
+
+
+def test_a_backward_is_cut_as_that_of_all_tokens_is(bench: Any) -> None:
+    """States are carried between slabs, and the kernels compiled for it."""
+    problem = SMALL._replace(when="backward", T=2**16, N=64)
+    for kernel, launches in (("state", 2), ("backward_scan", 4)):  # of two slabs, the scans of H and of U
+        key = space.KERNELS[kernel].key(problem)
+        assert len(bench._launches(key, choice.heuristic(key, H100))) == launches
 
 
 def test_a_candidate_that_is_right(bench: Any) -> None:
