@@ -291,15 +291,15 @@ def _choose(tables: _Tables, key: Key, device: Device) -> Choice:
         for distance, path, known, entry in _by_distance(tables_of, key):
             if reason := entry.stale(key.kernel):
                 stale.append(f"{known} in {path}: {reason}")
+                if first("stale", f"{path}: {reason}"):  # a new Triton makes whole files stale
+                    message = f"launch configurations in {path} are skipped, that of {known} for one: {reason}"
+                    warnings.warn(f"{message}. To tune anew: {command(key)}", StaleWarning, stacklevel=2)
             elif space.excluded(key.kernel, key, entry.parameters, device) is None:
                 origin = exact if distance == (0, 0) else near
                 choice = Choice(key, entry.parameters, origin, path, known, entry, tuple(stale))
                 break
         if choice is not None:
             break
-    if stale and first("stale", key.kernel):
-        message = f"{len(stale)} entries of launch configurations are skipped, the first: {stale[0]}"
-        warnings.warn(f"{message}. To tune anew: {command(key)}", StaleWarning, stacklevel=2)
     if choice is None:
         choice = Choice(key, heuristic(key, device), "heuristic", stale=tuple(stale))
         if tables.known and not stale and first("untuned", key.kernel):

@@ -126,18 +126,18 @@ def disassembled(cubin: bytes) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- PTX
-_PTX: dict[str, Callable[..., int]] = {
-    "mov": lambda a: a,
-    "cvt": lambda a: a,
-    "shfl": lambda a, *_: a,  # of what the warp agrees on
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "or": lambda a, b: a | b,
-    "and": lambda a, b: a & b,
-    "xor": lambda a, b: a ^ b,
-    "shl": lambda a, b: a << b,
-    "shr": lambda a, b: a >> b,
-    "bfe": lambda a, b, c: a >> b & (1 << c) - 1,
+_PTX: dict[str, tuple[int, Callable[..., int]]] = {
+    "mov": (1, lambda a: a),
+    "cvt": (1, lambda a: a),
+    "shfl": (4, lambda a, *_: a),  # of what the warp agrees on
+    "add": (2, lambda a, b: a + b),
+    "sub": (2, lambda a, b: a - b),
+    "or": (2, lambda a, b: a | b),
+    "and": (2, lambda a, b: a & b),
+    "xor": (2, lambda a, b: a ^ b),
+    "shl": (2, lambda a, b: a << b),
+    "shr": (2, lambda a, b: a >> b),
+    "bfe": (3, lambda a, b, c: a >> b & (1 << c) - 1),
 }
 
 
@@ -164,8 +164,9 @@ def products_of_ptx(ptx: str) -> list[Product]:
         predicate, operation, suffix, target, operands_ = written.groups()
         known = [value(operand) for operand in operands_.split(",")]
         values.pop(target, None)
-        if operation in _PTX and predicate is None and None not in known:
-            values[target] = _PTX[operation](*known) & (2**64 - 1 if suffix.endswith("64") else 2**32 - 1)
+        arity, function = _PTX.get(operation, (0, None))
+        if function is not None and predicate is None and None not in known and len(known) == arity:
+            values[target] = function(*known) & (2**64 - 1 if suffix.endswith("64") else 2**32 - 1)
     return found
 
 
