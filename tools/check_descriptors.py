@@ -210,6 +210,12 @@ class _Machine:
         low, high = self.value(name), self.value(_following(name, 1))
         return _of(lambda a, b: b << 32 | a, [low, high])
 
+    def _wide(self, operand: str) -> Value:
+        """A 64-bit operand, whose sign is not that of its lower half."""
+        name = operand.lstrip("-")
+        found = self.pair(name) if re.fullmatch(r"UR\d+", name) else self.value(name)
+        return -found if isinstance(found, int) and name != operand else found
+
     def step(self, predicate: str | None, operation: str, operands: list[str]) -> None:
         if operation.startswith("HGMMA"):
             self._product(operation, operands)

@@ -72,6 +72,9 @@ SASS = """
         /*0080*/                   HGMMA.64x8x16.F32 R24, R56, gdesc[UR12], RZ, !UPT ;
         /*0090*/                   UIADD3 UR18, UP0, UR14, 0x2, URZ ;
         /*00a0*/                   UIADD3.X UR19, UR15, URZ, URZ, UP0, !UPT ;
+        /*00a8*/                   UIADD3.64 UR20, UR18, -0x2, URZ ;
+        /*00ac*/                   UIADD3.64 UR18, UR18, -UR20, URZ ;
+        /*00ae*/                   UIADD3.64 UR18, UR18, UR20, URZ ;
         /*00b0*/                   UMOV UR16, UR14 ;
         /*00c0*/                   UMOV UR17, UR15 ;
         /*00d0*/                   HGMMA.64x8x16.F32 R24, gdesc[UR16], R24, gsb0 ;
