@@ -253,10 +253,7 @@ class _Machine:
     def _result(self, operation: str, target: str, operands: list[str]) -> Value:
         carries = [o for o in operands if re.fullmatch(r"!?U?P[0-9T]", o)]
         if operation == "UIADD3.64":
-            numbers = [
-                self.pair(o) if re.fullmatch(r"UR\d+", o) else self.value(o) for o in operands if o not in carries
-            ]
-            return _of(lambda *all: sum(all), numbers)
+            return _of(_sum, [self._wide(operand) for operand in operands if operand not in carries])
         name = operation.removeprefix("U")
         values = [self.value(o) for o in operands if o not in carries]
         if name in ("S2R", "S2UR") or operation == "S2UR":
