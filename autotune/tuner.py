@@ -298,25 +298,29 @@ def _measure(
         finally:
             outcome.starts -= 1
 
+    def once_more(outcome: Outcome) -> None:
+        microseconds = attempt(outcome, "time")
+        if microseconds is not None:
+            outcome.times.append(float(microseconds))
+
     for outcome in found:
+        if time.monotonic() > deadline:
+            return False
         if outcome.failure is None and outcome.resources and not outcome.checked:
-            if time.monotonic() > deadline:
-                return False
             wrong = attempt(outcome, "check")
             if outcome.failure is None:
                 outcome.checked, outcome.failure = True, wrong
             log(f"{key} {_name(outcome.parameters)}: {outcome.failure or 'right'}")
-    for round_ in range(_ROUNDS):
+        if outcome.failure is None and outcome.checked and not outcome.times:
+            once_more(outcome)
+    for round_ in range(1, _ROUNDS):
         best = min((outcome.microseconds for outcome in found if outcome.failure is None), default=0.0)
         for outcome in found:
-            usable = outcome.failure is None and outcome.checked and len(outcome.times) <= round_
-            hopeless = round_ > 0 and outcome.microseconds > _HOPELESS * best
-            if usable and not hopeless:
+            hopeful = outcome.failure is None and outcome.times and outcome.microseconds <= _HOPELESS * best
+            if hopeful and len(outcome.times) <= round_:
                 if time.monotonic() > deadline:
                     return False
-                microseconds = attempt(outcome, "time")
-                if microseconds is not None:
-                    outcome.times.append(float(microseconds))
+                once_more(outcome)
     _keep(key, device, found)
     return True
 
