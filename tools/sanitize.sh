@@ -6,6 +6,7 @@
 #
 #   tools/sanitize.sh [PYTHON]      COMPUTE_SANITIZER=/path/to/compute-sanitizer   LOGS=build/sanitize
 #   SHARDS=12 tools/sanitize.sh     all tests of the kernels, in so many processes at once
+#   SHARDS=12 SELECT=options ...    those of them that pytest's -k selects
 #   TOOLS="racecheck stalls"        some of the three
 #
 # PyTorch's caching allocator is off under compute-sanitizer, for it hands out parts of large blocks, whose neighbours an
@@ -44,7 +45,7 @@ declare -A groups=(
 )
 if [ -n "${SHARDS:-}" ]; then
     groups=()
-    mapfile -t all < <("$python" -m pytest --collect-only -q -p no:cacheprovider $tests | grep '::')
+    mapfile -t all < <("$python" -m pytest --collect-only -q -p no:cacheprovider -k "${SELECT:-}" $tests | grep '::')
     for i in "${!all[@]}"; do # a test a line
         groups[shard_$((i % SHARDS))]+="${all[$i]}"$'\n'
     done
