@@ -12,10 +12,10 @@
 # PyTorch's caching allocator is off under compute-sanitizer, for it hands out parts of large blocks, whose neighbours an
 # out-of-bounds access would hit unseen. Only our own kernels are instrumented.
 #
-# NOTE [Results under memcheck] memcheck (2025.3) instruments spills to local memory too. Where ptxas puts one between a warpgroup's
-# product and the wait for it, sums come out wrong, up to NaN, under memcheck alone: with ptxas 12.8, 12.9 and 13.5 alike, and not
-# under racecheck, with stalls, or as they are. So memcheck's findings count and what tests say under it is only reported; it counts
-# from the other runs.
+# NOTE [Results under memcheck] Under memcheck (2025.3) the plain key-gradient kernel gives wrong sums, up to NaN, where ptxas puts
+# spills between a warpgroup's product and the wait for it, with ptxas 12.8, 12.9 and 13.5 alike; not under racecheck, with
+# stalls, or as it is. The likely reason is that memcheck instruments the spills. So memcheck's findings count, and that tests
+# fail their assertions under it is only reported: results count from the other runs.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:-.venv/bin/python}
