@@ -379,7 +379,7 @@ def tune(
         make = make or partial(bench_on, torch.cuda.current_device())
         folder = table.user_folder()
         if path is None and folder is None:
-            warnings.warn(f"what is found is not kept: {table.NO_FOLDER}", UserWarning, stacklevel=2)
+            warnings.warn(f"what is found is not kept: {table.NO_FOLDER}, or give a path", UserWarning, stacklevel=2)
         elif path is None and folder is not None:
             path = folder / table.file_name(device)
         given = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
