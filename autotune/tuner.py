@@ -195,10 +195,10 @@ class _Builds:
 
     @staticmethod
     def _name(key: Key, parameters: Parameters) -> Hashable:
-        """T and N are no part of a forward kernel's code, but that one token and the heads are constants in some; a
-        backward is cut into one slab or several by them."""
+        """T and N are no part of a forward kernel's code, but that one token and the heads are constants in some, and
+        that the state pass is cut into narrower blocks for few programs; a backward is cut into one slab or several."""
         if key.when != "backward":
-            key = replace(key, T=min(key.T, 2), N=min(key.N, HEADS))
+            key = replace(key, T=min(key.T, 2), N=min(key.N, 2 * HEADS if key.kernel == "state" else HEADS))
         return key, _name(parameters)
 
     def __enter__(self) -> _Builds:
