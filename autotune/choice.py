@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,14 +106,17 @@ _warned: set[tuple[str, str]] = set()
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
-def state() -> tuple[object, Overrides]:
+def state() -> tuple[object, Overrides, bool]:
     """What a recorded launch depends on: equal as long as all choices are."""
-    return _settings, _active() if _overridden else ()
+    return _settings, _active() if _overridden else (), _deterministic()
 
 
 def use(mode: Mode | None) -> None:
     """Says which tables count in this process; ``None``: what the environment variable GKA_OPS_AUTOTUNE says whenever a
-    choice is made, ``cached`` by default. A call that is already known keeps its choice when the variable changes."""
+    choice is made, ``cached`` by default. A call that is already known keeps its choice when the variable changes.
+
+    Under ``torch.use_deterministic_algorithms(True)`` it is ``shipped``, whatever is said here.
+    """
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"expected one of {get_args(Mode)} or None, got {mode!r}")
     _change(mode=mode)
@@ -165,6 +168,8 @@ def _change(**changed: Any) -> None:
 
 def mode() -> Mode:
     """Which tables count now."""
+    if _deterministic():
+        return "shipped"
     if _settings.mode is not None:
         return _settings.mode
     said = os.environ.get("GKA_OPS_AUTOTUNE", "cached")
@@ -177,6 +182,9 @@ def mode() -> Mode:
         )
         warnings.warn(message, UserWarning, stacklevel=2)
     return "shipped"
+
+
+_deterministic: Callable[[], bool] = torch.are_deterministic_algorithms_enabled
 
 
 # ------------------------------------------------------------------------------------------------------------ overrides
@@ -351,7 +359,8 @@ def chosen(config: Config, problem: Problem, device: Device | None, *, training:
     settings, overrides = _settings, _active() if _overridden else ()
     if device is None and not overrides:
         return config
-    key = (problem, id(config), id(device), overrides)  # by identity: the hash of a configuration takes microseconds
+    # by identity: the hash of a configuration takes microseconds
+    key = (problem, id(config), id(device), overrides, _deterministic())
     known = settings.configs.get(key)
     if known is not None:
         return known.config  # type: ignore[return-value]

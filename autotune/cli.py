@@ -230,7 +230,12 @@ def _write(path: Path, device: Device, entries: dict[Key, Entry]) -> int:
 def _tune(options: argparse.Namespace) -> int:
     device = _card(None, options.ordinal)
     if options.into is None and table.user_folder() is None:
-        print(f"nothing is tuned: {table.NO_FOLDER}", file=sys.stderr)
+        print(f"nothing is tuned: {table.NO_FOLDER}, or name a file with --into FILE", file=sys.stderr)
+        return 1
+    if not table.writable():
+        print(
+            "nothing is tuned: tables are written under a lock, for which filelock has to be installed", file=sys.stderr
+        )
         return 1
     keys = _keys(options, device, default=True)
     known = {key: choice.lookup(key, device).origin for key in keys}

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import io
 import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -96,10 +97,34 @@ def _normalised(source: list[str], statement: ast.stmt) -> str:
     }
     words = [
         _LAYOUT.get(token.type, token.string)
-        for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
+        for token in _tokens(lines)
         if token.type not in _IGNORED and not (token.type == tokenize.STRING and token.start in docstrings)
     ]
     return " ".join(words)
+
+
+def _tokens(lines: list[str]) -> Iterator[tokenize.TokenInfo]:
+    """Tokens in which a formatted string is one, as it was before Python 3.12, which tokenizes what is in it."""
+    opened: list[tuple[int, int]] = []
+    for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind in ("FSTRING_START", "TSTRING_START"):
+            opened.append(token.start)
+        elif kind in ("FSTRING_END", "TSTRING_END"):
+            start = opened.pop()
+            if not opened:
+                text = _between(lines, start, token.end)
+                yield tokenize.TokenInfo(tokenize.STRING, text, start, token.end, token.line)
+        elif not opened:
+            yield token
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text between two places, each a line, counted from 1, and a column."""
+    found = lines[start[0] - 1 : end[0]]
+    found[-1] = found[-1][: end[1]]
+    found[0] = found[0][start[1] :]
+    return "".join(found)
 
 
 def _closure(path: Path, name: str) -> dict[tuple[str, str], str]:

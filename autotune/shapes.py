@@ -157,5 +157,6 @@ DEFAULT = (
     Shape(B=2, D=64, V=64),
     Shape(T=2048, H=8, Hkv=8, D=256, V=256),
     Shape(dtype="fp32"),
+    Shape(T=32768, passes=_BOTH),  # and longer ones: the nearest bucket
 )
 """The calls that ``perf.bars`` measures, and the layer's; tables are shipped for them."""

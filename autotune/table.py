@@ -219,6 +219,15 @@ def _entry(fields: Any, key: Key, device: Device) -> Entry:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
+def writable() -> bool:
+    """Whether what it takes to change tables is installed."""
+    try:
+        import filelock  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def update(path: Path, device: Device, change: Callable[[dict[Key, Entry]], None]) -> bool:
     """Reads the table, changes its entries and writes it, while no other process does. Whether that could be done.
 

@@ -195,10 +195,10 @@ class _Builds:
 
     @staticmethod
     def _name(key: Key, parameters: Parameters) -> Hashable:
-        """T and N are no part of a forward kernel's code, but that one token and the heads are constants in some; a
-        backward is cut into one slab or several by them."""
+        """T and N are no part of a forward kernel's code, but that one token and the heads are constants in some, and
+        that the state pass is cut into narrower blocks for few programs; a backward is cut into one slab or several."""
         if key.when != "backward":
-            key = replace(key, T=min(key.T, 2), N=min(key.N, HEADS))
+            key = replace(key, T=min(key.T, 2), N=min(key.N, 2 * HEADS if key.kernel == "state" else HEADS))
         return key, _name(parameters)
 
     def __enter__(self) -> _Builds:
@@ -383,7 +383,7 @@ def tune(
         make = make or partial(bench_on, torch.cuda.current_device())
         folder = table.user_folder()
         if path is None and folder is None:
-            warnings.warn(f"what is found is not kept: {table.NO_FOLDER}", UserWarning, stacklevel=2)
+            warnings.warn(f"what is found is not kept: {table.NO_FOLDER}, or give a path", UserWarning, stacklevel=2)
         elif path is None and folder is not None:
             path = folder / table.file_name(device)
         given = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers

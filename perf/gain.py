@@ -1,8 +1,9 @@
 """What tables of launch configurations gain over the heuristics: ``python -m perf.gain [--json FILE]`` on one card.
 
 Calls of the public operators are timed with the heuristics alone and with the tables in force, in turns within one
-process; see ``perf.bars`` for how. A second table lists the kernels' own times from those tables, as they were tuned.
-``--cold`` measures the first call of fresh processes too, with an empty and with a filled Triton cache.
+process; see ``perf.bars`` for how. A second table has the host's time of small calls, which tables should not change,
+and a third one the kernels' own times from those tables, as they were tuned. ``--cold`` measures the first call of
+fresh processes too, with an empty and with a filled Triton cache.
 """
 
 from __future__ import annotations
@@ -85,6 +86,13 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def host_cases() -> list[Case]:
+    return [
+        Case("chunk_gka forward", "µs", lambda: bars.host_microseconds_of_forward),
+        Case("decode step", "µs", lambda: bars.host_microseconds_of_step),
+    ]
+
+
 def measure(case: Case, tables: Tables, rounds: int = ROUNDS) -> Gain:
     """Medians over rounds in which each of the two takes a turn."""
     measured = case.prepare()
@@ -147,15 +155,18 @@ def main() -> int:
         return 2
 
     tables = choice.read_all()
-    calls = []
-    for case in track(cases(), "measuring", console=Console(stderr=True)):
-        calls.append(measure(case, tables))
+    cases_of = {"calls": cases(), "host": host_cases()}
+    gains: dict[str, list[Gain]] = {name: [] for name in cases_of}
+    every = [(name, case) for name, found in cases_of.items() for case in found]
+    for name, case in track(every, "measuring", console=Console(stderr=True)):
+        gains[name].append(measure(case, tables))
         torch.cuda.empty_cache()
     of_kernels = kernels(tables, current(torch.cuda.current_device()))
-    show("Calls", calls)
+    show("Calls", gains["calls"])
+    show("Host time", gains["host"])
     show("Kernels, as they were tuned", of_kernels)
     stored = {**bars.environment(arguments.commit), "tables": [str(path) for path, _ in tables]}
-    stored |= {"calls": report(calls), "kernels": report(of_kernels)}
+    stored |= {name: report(found) for name, found in (*gains.items(), ("kernels", of_kernels))}
     if arguments.cold:
         stored["first call, s"] = cold = cold_start()
         print(f"\nfirst call: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in cold.items())}")

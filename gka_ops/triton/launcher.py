@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -195,8 +196,11 @@ class _Recorder(TorchDispatchMode):
         self.launched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.see(func, args, kwargs or {})
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _ALLOCATIONS:
-            buffer = func(*args, **(kwargs or {}))
+            buffer = func(*args, **kwargs)
             self.bytes += buffer.nbytes
             if self.bytes > _MAX_BYTES:
                 self.give_up()
@@ -206,7 +210,7 @@ class _Recorder(TorchDispatchMode):
         if not func.is_view:
             self.launch_pending()
             self.give_up()
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def launch(self, function: Any, grid: Grid, arguments: dict[str, Any]) -> None:
         if not isinstance(function, JITFunction):  # interpreted
@@ -311,12 +315,24 @@ def _same_extent(output: Tensor, buffer: Tensor | None) -> bool:
     )
 
 
+class _UntracedRecorder(_Recorder):
+    """A recorder for a process without Dynamo, which PyTorch imports to keep it from tracing a mode's methods: seconds
+    of a first call."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.see(func, args, kwargs or {})
+
+
 _recorder: ContextVar[_Recorder | None] = ContextVar("gka_ops_recorder", default=None)
 
 
 @contextlib.contextmanager
 def _recording(device: torch.device) -> Iterator[_Recorder]:
-    recorder = _Recorder()
+    recorder = _Recorder() if "torch._dynamo" in sys.modules else _UntracedRecorder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.cuda.device(device))
         compiler = stack.enter_context(_Compiler(device))

@@ -188,6 +188,28 @@ def test_shipped_tables_alone(folders: Folders, monkeypatch: pytest.MonkeyPatch)
     assert warps() == (2, "exact")
 
 
+@pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
+def test_deterministic_mode_does_not_depend_on_what_was_tuned_here(folders: Folders) -> None:
+    """Nor on what was asked for before: calls that are known choose anew."""
+    from gka_ops.triton import launch
+
+    folders.add(KEY, num_warps=8)
+    folders.add(KEY, shipped=True, num_warps=2)
+
+    def of_a_call() -> int:
+        return choice.chosen(CONFIG, FORWARD, H100).readout.num_warps
+
+    before = launch._configuration()
+    assert (warps(), of_a_call()) == ((8, "exact"), 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.mode() == "shipped" and launch._configuration() is not before
+        assert (warps(), of_a_call()) == ((2, "exact"), 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (warps(), of_a_call()) == ((8, "exact"), 8) and launch._configuration() is before
+
+
 def test_unknown_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected one of"):
         autotune.use("fast")  # type: ignore[arg-type]

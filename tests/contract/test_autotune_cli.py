@@ -261,8 +261,16 @@ def test_nothing_that_works(run: Run, card: None, monkeypatch: pytest.MonkeyPatc
 def test_tune_without_a_folder(run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
     monkeypatch.setattr(table, "user_folder", lambda: None)
     code, _, errors = run("tune", "--key", KEY)
-    assert code == 1 and "GKA_OPS_AUTOTUNE_DIR" in errors and not tuned.keys
+    assert code == 1 and "GKA_OPS_AUTOTUNE_DIR" in errors and "--into FILE" in errors and not tuned.keys
     assert run("tune", "--key", KEY, "--into", "here.json")[0] == 0
+
+
+def test_tune_says_beforehand_that_nothing_could_be_kept(
+    run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned
+) -> None:
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    code, _, errors = run("tune", "--key", KEY, "--into", "here.json")
+    assert code == 1 and "filelock" in errors and not tuned.keys
 
 
 def test_progress_in_plain_text(run: Run, card: None, tuned: Tuned) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_keys_are_those_of_all_kernels_that_are_launched() -> None:
 
 def test_what_tables_are_shipped_for() -> None:
     found = shapes.keys_of(shapes.DEFAULT, H100)
-    assert len(set(found)) == len(found) <= 50, "eight minutes are enough"
+    assert len(set(found)) == len(found) <= 60, "eight minutes are enough"
+    longest = shapes.keys_of([Shape(T=131072, passes=("forward", "backward"))], H100)
+    assert {dataclasses.replace(key, T=32768) for key in longest} <= {*found}
     assert all(Key.parse(str(key)) == key for key in found)
     assert {key.kernel for key in found} == space.KERNELS.keys() - {"backward_solve", "backward_key"}

@@ -260,6 +260,21 @@ def test_nothing_that_a_kernel_uses_is_missed() -> None:
                 assert {(file, alias.name) for alias in node.names} <= found, path
 
 
+def test_a_formatted_string_is_one_token_in_every_python() -> None:
+    """From 3.12 on, tokenize takes it apart; then entries that were tuned with one Python were stale in another."""
+    source = [
+        "def f(x):\n",
+        '    """Says x."""\n',
+        '    return f"{x!r:>{8}} {{}}" + "a"  # no more\n',
+        'g = rf"""{f"{f(1)}"}\n',
+        'end"""\n',
+    ]
+    function, assignment = ast.parse("".join(source)).body
+    expected = 'def f ( x ) : \n > \n return f"{x!r:>{8}} {{}}" + "a" \n <'
+    assert fingerprint._normalised(source, function) == expected
+    assert fingerprint._normalised(source, assignment) == 'g = rf"""{f"{f(1)}"}\nend""" \n'
+
+
 def test_a_missing_source_fits_no_entry(sources: Path) -> None:
     shutil.rmtree(sources)
     assert fresh("state") != fresh("solve")  # and neither raises

@@ -159,6 +159,8 @@ def test_keys_of_the_same_code_share_their_builds(folder: Path) -> None:
     name = tuner._Builds._name
     parameters = choice.heuristic(KEY, H100)
     assert name(KEY, parameters) == name(longer, parameters) != name(KEY, {**parameters, "num_warps": 8})
+    single, wide = (key_of("state", FORWARD._replace(N=N)) for N in (32, 64))
+    assert name(single, {}) != name(wide, {}) == name(dataclasses.replace(wide, N=256), {}), "widths of its blocks"
     assert name(backward, parameters) != name(dataclasses.replace(backward, T=64), parameters), "slabs"
     assert asked(folder)["compile"] == len(space.candidates("readout", KEY, H100, parameters)[0])
 

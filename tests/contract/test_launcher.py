@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -256,3 +259,33 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_first_call_does_not_import_dynamo() -> None:
+    """PyTorch would, for a dispatch mode's sake: as long as all else of a first call whose kernels are in the cache."""
+    code = """
+        import sys
+        import pytest
+        import torch
+        from tests.contract.test_launcher import Operator, numbers
+        from tests.helpers.card import stand_in
+
+        stand_in(pytest.MonkeyPatch())
+        operator, x = Operator(), numbers(2, 8)
+        assert [operator.check(x) for _ in range(2)] == [False, True]
+        assert "torch._dynamo" not in sys.modules
+        import torch._dynamo
+
+        assert [operator.check(x, factor) for factor in (4.0, 4.0)] == [False, True]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+def test_where_dynamo_is_loaded_it_is_kept_from_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    with launcher._recording(device) as recorder:
+        assert type(recorder) is launcher._Recorder
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    with launcher._recording(device) as recorder:
+        assert type(recorder) is launcher._UntracedRecorder

@@ -66,6 +66,8 @@ def test_the_gain_of_tables(
         return {4: 3.0, 8: 2.0}[turns[-1] or 0]
 
     monkeypatch.setattr(gain, "cases", lambda: [gain.Case("a call", "ms", lambda: time)])
+    monkeypatch.setattr(bars, "host_microseconds_of_forward", lambda: 4.0)
+    monkeypatch.setattr(bars, "host_microseconds_of_step", lambda: 2.0)
     monkeypatch.setattr(gain, "current", lambda ordinal: H100)
     monkeypatch.setattr(bars, "environment", lambda commit: {"card": H100.name, "commit": commit})
     monkeypatch.setattr(bars, "first_call_seconds", lambda cache: 2.0)
@@ -78,6 +80,9 @@ def test_the_gain_of_tables(
     stored = json.loads(path.read_text())
     (call,), (kernel,) = stored["calls"]["rows"], stored["kernels"]["rows"]
     assert call == {"what": "a call", "unit": "ms", "heuristic": 3.0, "tuned": 2.0, "ratio": 1.5}
+    assert [(row["what"], row["heuristic"], row["tuned"]) for row in stored["host"]["rows"]] == [
+        ("chunk_gka forward", 4.0, 4.0), ("decode step", 2.0, 2.0)
+    ]  # fmt: skip
     assert (kernel["what"], kernel["heuristic"], kernel["tuned"]) == (str(key), 12.0, 10.0)
     assert stored["kernels"]["geometric mean"] == pytest.approx(1.2)
     assert stored["first call, s"] == {"empty cache": 2.0, "filled cache": 2.0} and stored["commit"] == "abc"
