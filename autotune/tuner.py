@@ -30,7 +30,7 @@ from gka_ops.autotune.fingerprint import fingerprint, triton_version
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.space import Parameters
 from gka_ops.autotune.table import Entry, new_entry
-from gka_ops.autotune.worker import Worker, WorkerError
+from gka_ops.autotune.worker import StartError, Worker, WorkerError
 
 HEADS = 32
 """The heads of what is measured, at most: more of N are sequences."""
@@ -39,7 +39,7 @@ _ROUNDS = 5
 _HOPELESS = 1.1  # times slower than the best is not timed again
 _WORTH_IT = 0.99  # of the heuristic's time: less of a gain is noise, and the heuristic stays
 _MOST_STARTS = 2  # once may have been someone who stopped the tuning
-_COMPILING = 0.7  # of all the time: what is not compiled then is not tried
+_COMPILING = 0.7  # of all the time: keys wait no longer for builds other than the heuristic's
 _POLL_SECONDS = 0.1
 _MORE_SPILLS = 256  # registers a thread: so many more than the heuristic's never pay
 _COMPILE_SECONDS = 180.0
@@ -223,19 +223,25 @@ def _tune(
         heuristic = dict(choice.heuristic(key, device))
         jobs.append((key, heuristic, _outcomes_to_be(key, device, heuristic, reach)))
     with _Builds(make, method, workers, end) as builds, Worker(make, method) as runner:
-        for key, _, found in jobs:
-            for outcome in found:
-                if outcome.failure is None and not outcome.resources:
-                    builds.want(key, outcome.parameters)
+        for first in (True, False):  # without its heuristic a key has nothing to compare with
+            for key, heuristic, found in jobs:
+                for outcome in found:
+                    likely = outcome.parameters == heuristic
+                    if likely is first and outcome.failure is None and not outcome.resources:
+                        builds.want(key, outcome.parameters)
         while jobs:
             progress("compile", *builds.done(), "")
             now = time.monotonic()
-            ready = (i for i, (key, _, found) in enumerate(jobs) if all(builds.ready(key, o.parameters) for o in found))
-            first = next(ready, None)
-            if first is None and now < patience:
+            ready = (
+                i
+                for i, (key, heuristic, found) in enumerate(jobs)
+                if all(builds.ready(key, o.parameters) for o in found if now < patience or o.parameters == heuristic)
+            )
+            place = next(ready, None)
+            if place is None and now < end:
                 time.sleep(_POLL_SECONDS)
                 continue
-            key, heuristic, found = job = jobs.pop(first or 0)
+            key, heuristic, found = job = jobs.pop(place or 0)
             progress("measure", max(0, len(keys) - len(jobs) - 1), len(keys), str(key))
             _collect(found, key, heuristic, builds, log)
             _keep(key, device, found)
@@ -262,11 +268,13 @@ def _outcomes_to_be(key: Key, device: Device, heuristic: Parameters, reach: bool
 def _collect(
     found: list[Outcome], key: Key, heuristic: Parameters, builds: _Builds, log: Callable[[str], None]
 ) -> None:
-    """Notes what the builds take that are through, and which there are none of."""
+    """Notes what the builds take that are through, and which there are none of. Raises ``StartError``."""
     for outcome in found:
         if outcome.failure is None and not outcome.resources:
             try:
                 outcome.resources = builds.result(key, outcome.parameters)
+            except StartError:
+                raise
             except WorkerError as error:
                 outcome.failure = f"compile {error}"
                 log(f"{key} {_name(outcome.parameters)}: {outcome.failure}")
@@ -288,6 +296,7 @@ def _measure(
     """
 
     def attempt(outcome: Outcome, what: str) -> Any:
+        runner.start()  # a failure here is none of the candidate's
         outcome.starts += 1
         _keep(key, device, found)
         try:
@@ -374,6 +383,7 @@ def tune(
 
     Raises:
         RuntimeError: while a CUDA graph is captured, ``torch.compile`` traces, or a backward pass runs.
+        WorkerError: a process could not be started, for want of a card, say. What was found until then is kept.
     """
     if reason := forbidden():
         raise RuntimeError(f"expected to be called outside of a captured or traced region: {reason}")

@@ -15,6 +15,13 @@ class WorkerError(Exception):
     """What was asked of a worker was not done; the message says why."""
 
 
+class StartError(WorkerError):
+    """A worker could not be started, whatever was to be asked of it."""
+
+
+_START_SECONDS = 180.0  # imports take their time
+
+
 class Worker:
     """A process that holds what ``make()`` returned, and calls its methods within a time limit.
 
@@ -30,8 +37,7 @@ class Worker:
 
     def call(self, method: str, *arguments: Any, seconds: float) -> Any:
         """The method's result. Raises :class:`WorkerError` where it raises, crashes or takes longer."""
-        if self._process is None:
-            self._start(seconds)
+        self.start()
         try:
             self._pipe.send((method, arguments))
             return self._answer(seconds, "hung")
@@ -39,13 +45,27 @@ class Worker:
             self.close()
             raise WorkerError(f"crashed: {error}") from None
 
-    def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+    def start(self) -> None:
+        """Starts the process, if there is none. Raises :class:`StartError` where that fails."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = self._pipe = None
+            return
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs, self._make), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._answer(_START_SECONDS, "hung")
+        except WorkerError as error:
+            raise StartError(f"the start of a worker {error}") from None
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing. Another thread's call fails then."""
+        process, pipe = self._process, self._pipe
+        self._process = self._pipe = None  # first: the other thread closes too, once its process is gone
+        if process is not None:
+            process.kill()
+            process.join()
+            pipe.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -53,22 +73,16 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, seconds: float) -> None:
-        self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs, self._make), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._answer(max(seconds, 120.0), "did not start")  # imports take their time
-
     def _answer(self, seconds: float, late: str) -> Any:
-        if not self._pipe.poll(seconds):
+        process, pipe = self._process, self._pipe
+        if not pipe.poll(seconds):
             self.close()
             raise WorkerError(f"{late}: no answer within {seconds:.0f} s")
         try:
-            succeeded, value = self._pipe.recv()
+            succeeded, value = pipe.recv()
         except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
+            process.join()
+            code = process.exitcode
             self.close()
             raise WorkerError(f"crashed: {_signal(code)}") from None
         if not succeeded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from gka_ops.autotune import choice, space, table, tuner
-from gka_ops.autotune.worker import Worker, WorkerError
+from gka_ops.autotune.worker import StartError, Worker, WorkerError
 from tests.helpers.autotune import (
     BACKWARD,
     FORWARD,
@@ -24,6 +25,7 @@ from tests.helpers.autotune import (
     key_of,
     run_processes,
     share_among_ranks,
+    without_card,
 )
 
 KEY = key_of()
@@ -104,6 +106,22 @@ def test_a_key_gets_what_time_others_leave(folder: Path, monkeypatch: pytest.Mon
 def test_no_time_at_all_changes_nothing(folder: Path) -> None:
     result = tune(folder, seconds=-1)
     assert result.entry is None and not (folder / "log").exists()
+
+
+def test_a_short_run_ends_with_an_entry_for_every_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "_COMPILING", 0.0)  # no key waits for more than its heuristic
+    keys = [key_of(problem=FORWARD._replace(V=V)) for V in (64, 96, 128)]
+    results = tuner.tune(keys, H100, bench(folder), seconds=60, workers=1, method="forkserver")
+    assert all(result.entry is not None for result in results)
+    compiled = [line for line in (folder / "log").read_text().splitlines() if line.startswith("compile")]
+    heuristic = sorted(choice.heuristic(KEY, H100).items())
+    assert compiled[:3] == [f"compile {heuristic}"] * 3
+
+
+def test_a_card_that_is_not_there_is_no_fault_of_the_candidates(folder: Path) -> None:
+    with pytest.raises(StartError, match="CUDA error: device busy"):
+        tuner.tune([KEY], H100, without_card, seconds=60, workers=2, method="forkserver")
+    assert tune(folder).entry is not None
 
 
 def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +268,29 @@ def test_a_worker_survives_what_its_process_does_not(folder: Path) -> None:
             assert worker.call("check", KEY, ok, seconds=30) is None
         with pytest.raises(WorkerError, match="AttributeError"):
             worker.call("nothing", seconds=30)
+
+
+def test_a_worker_is_closed_while_another_thread_waits_for_it(folder: Path) -> None:
+    fine, hangs = ({"num_warps": w, "num_stages": 1, "max_registers": 128} for w in (4, 2))
+    worker = Worker(bench(folder), "forkserver")
+    for _ in range(5):
+        assert worker.call("check", KEY, fine, seconds=30) is None
+        found: list[Exception] = []
+
+        def wait(found: list[Exception] = found) -> None:
+            try:
+                worker.call("check", KEY, hangs, seconds=30)
+            except Exception as error:
+                found.append(error)
+
+        thread = threading.Thread(target=wait)
+        asked_before = asked(folder)["check"]
+        thread.start()
+        while asked(folder)["check"] == asked_before:
+            thread.join(0.01)
+        worker.close()
+        thread.join(10)
+        assert not thread.is_alive() and len(found) == 1
 
 
 def test_the_likely_candidates_come_first() -> None:

@@ -127,6 +127,11 @@ class FakeBench:
             file.write(f"{what} {sorted(parameters.items())}\n")
 
 
+def without_card() -> FakeBench:
+    """A bench that cannot be made."""
+    raise RuntimeError("CUDA error: device busy")
+
+
 def share_among_ranks(rank: int, store: str, folder: str) -> object:
     """One rank of a job with a table of its own: what it uses after tuning, of which rank 0 alone does something."""
     os.environ["GKA_OPS_AUTOTUNE_DIR"] = f"{folder}/{rank}"
