@@ -20,7 +20,9 @@ from gka_ops import numerics
 from gka_ops.autotune import space
 
 _PACKAGE = Path(numerics.__file__).resolve().parent
+_AUTOTUNE = Path(space.__file__).resolve().parent  # beside the package in a checkout, below it where it is installed
 _IGNORED = frozenset({tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER})
+_ANNOTATIONS = ("annotation", "returns")  # what they name says what is passed, and is not run
 _LAYOUT = {tokenize.NEWLINE: "\n", tokenize.INDENT: ">", tokenize.DEDENT: "<"}
 
 
@@ -30,7 +32,7 @@ def fingerprint(kernel: str) -> str:
     file, function = space.KERNELS[kernel].source
     try:
         code = "".join(_closure(_PACKAGE / "triton" / "kernels" / file, function).values())
-        rules = "".join(_closure(Path(space.__file__).resolve(), "excluded").values())
+        rules = "".join(_closure(_AUTOTUNE / "space.py", "excluded").values())
     except (OSError, KeyError, SyntaxError):  # installed without its source, say: no entry fits
         code, rules = "unknown", "unknown"
     return hashlib.sha256("\0".join((code, rules, repr(space.KERNELS[kernel]))).encode()).hexdigest()[:16]
@@ -70,10 +72,17 @@ def _module(path: Path) -> _Module:
             case ast.AnnAssign(target=ast.Name(id=name)):
                 names = [name]
             case ast.ImportFrom(module=str(origin)) if origin.startswith("gka_ops."):
-                file = _PACKAGE.joinpath(*origin.split(".")[1:]).with_suffix(".py")
+                file = _file(origin)
                 module.imported |= {alias.asname or alias.name: (file, alias.name) for alias in statement.names}
         module.defined |= dict.fromkeys(names, statement)
     return module
+
+
+def _file(module: str) -> Path:
+    """Where a module of the package has its source."""
+    _, *folders, name = module.split(".")
+    root = _AUTOTUNE.joinpath(*folders[1:]) if folders[:1] == ["autotune"] else _PACKAGE.joinpath(*folders)
+    return root / f"{name}.py"
 
 
 @cache
@@ -81,8 +90,17 @@ def _definition(path: Path, name: str) -> tuple[str, frozenset[str]]:
     """A definition's code, and the names that it uses."""
     module = _module(path)
     statement = module.defined[name]
-    uses = frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
-    return _normalised(module.lines, statement), uses
+    return _normalised(module.lines, statement), frozenset(_names(statement))
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """The names that running it uses."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    for field_, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if field_ not in _ANNOTATIONS and isinstance(child, ast.AST):
+                yield from _names(child)
 
 
 def _normalised(source: list[str], statement: ast.stmt) -> str:
@@ -95,36 +113,36 @@ def _normalised(source: list[str], statement: ast.stmt) -> str:
         for node in ast.walk(statement)
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None
     }
+    tokens = _with_whole_strings(tokenize.generate_tokens(io.StringIO("".join(lines)).readline), lines)
     words = [
         _LAYOUT.get(token.type, token.string)
-        for token in _tokens(lines)
+        for token in tokens
         if token.type not in _IGNORED and not (token.type == tokenize.STRING and token.start in docstrings)
     ]
     return " ".join(words)
 
 
-def _tokens(lines: list[str]) -> Iterator[tokenize.TokenInfo]:
-    """Tokens in which a formatted string is one, as it was before Python 3.12, which tokenizes what is in it."""
-    opened: list[tuple[int, int]] = []
-    for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
-        kind = tokenize.tok_name[token.type]
-        if kind in ("FSTRING_START", "TSTRING_START"):
-            opened.append(token.start)
-        elif kind in ("FSTRING_END", "TSTRING_END"):
-            start = opened.pop()
-            if not opened:
-                text = _between(lines, start, token.end)
-                yield tokenize.TokenInfo(tokenize.STRING, text, start, token.end, token.line)
-        elif not opened:
+def _with_whole_strings(tokens: Iterator[tokenize.TokenInfo], lines: list[str]) -> Iterator[tokenize.TokenInfo]:
+    """The tokens with an f-string as one of them, which it is before Python 3.12 and is not since."""
+    opening, closing = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+    depth, start = 0, (0, 0)
+    for token in tokens:
+        if token.type == opening:
+            start = start if depth else token.start
+            depth += 1
+        elif token.type == closing:
+            depth -= 1
+            if not depth:
+                yield tokenize.TokenInfo(tokenize.STRING, _between(lines, start, token.end), start, token.end, "")
+        elif not depth:
             yield token
 
 
 def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    """The text between two places, each a line, counted from 1, and a column."""
-    found = lines[start[0] - 1 : end[0]]
-    found[-1] = found[-1][: end[1]]
-    found[0] = found[0][start[1] :]
-    return "".join(found)
+    rows = lines[start[0] - 1 : end[0]]
+    rows[-1] = rows[-1][: end[1]]
+    rows[0] = rows[0][start[1] :]
+    return "".join(rows)
 
 
 def _closure(path: Path, name: str) -> dict[tuple[str, str], str]:

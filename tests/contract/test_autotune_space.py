@@ -275,6 +275,25 @@ def test_a_formatted_string_is_one_token_in_every_python() -> None:
     assert fingerprint._normalised(source, assignment) == 'g = rf"""{f"{f(1)}"}\nend""" \n'
 
 
+def test_an_installed_package_has_the_fingerprints_of_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed, autotune lies in gka_ops; in a checkout, beside it."""
+    before = {kernel: fresh(kernel) for kernel in space.KERNELS}
+    installed = tmp_path / "gka_ops"
+    shutil.copytree(fingerprint._PACKAGE, installed, ignore=shutil.ignore_patterns("autotune", "reference"))
+    shutil.copytree(fingerprint._AUTOTUNE, installed / "autotune")
+    monkeypatch.setattr(fingerprint, "_PACKAGE", installed)
+    monkeypatch.setattr(fingerprint, "_AUTOTUNE", installed / "autotune")
+    assert {kernel: fresh(kernel) for kernel in space.KERNELS} == before
+
+
+def test_the_rules_of_the_space_count_with_what_they_call() -> None:
+    found = {name for _, name in fingerprint._closure(fingerprint._AUTOTUNE / "space.py", "excluded")}
+    assert {"_misfit", "RecurrentConfig", "bucket"} <= found
+    assert not {"Key", "Device"} & found, "annotations alone name them"
+
+
 def test_a_missing_source_fits_no_entry(sources: Path) -> None:
     shutil.rmtree(sources)
     assert fresh("state") != fresh("solve")  # and neither raises
