@@ -46,7 +46,7 @@ format: $(STAMP) ## apply the formatter and the safe fixes
 perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
 	$(RUN) -m perf.bars --json build/perf/bars.json
 
-sanitize: $(STAMP) ## run compute-sanitizer over a few small tests of every kernel (CUDA card; see CONTRIBUTING.md)
+sanitize: $(STAMP) ## look for races and accesses out of bounds in every kernel (CUDA card; see CONTRIBUTING.md)
 	SHARDS=$(SHARDS) tools/sanitize.sh $(RUN)
 
 # torch comes first and by its exact version, so that no later requirement makes pip choose another build of it. The package

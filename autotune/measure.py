@@ -62,7 +62,11 @@ class Bench:
         """The kernel, grid and arguments of every launch of the kernel in a call, of which none is done."""
         found: list[tuple[Any, Any, dict[str, Any]]] = []
         inputs = _inputs(key, self._device, small=True)
-        with _cut_like(key), _forced(key, parameters), _watched(key, lambda *l: found.append(l), launching=False):
+        with (
+            _cut_like(key),
+            choice.override(key.kernel, **parameters),
+            _watched(key, lambda *l: found.append(l), launching=False),
+        ):
             _results(key, inputs, "triton")
         if not found:
             raise RuntimeError(f"{key} is not launched by such a call")
@@ -80,7 +84,7 @@ class Bench:
                 self._exact[problem] = _results(key, wide, "reference")
                 ordinary = _errors(_results(key, inputs, "triton"), self._exact[problem])
                 self._allowed[problem] = {name: _MOST_INACCURATE * e + _LEAST_ERROR for name, e in ordinary.items()}
-            with _forced(key, parameters), _watched(key, lambda *launched: launches.append(launched)):
+            with choice.override(key.kernel, **parameters), _watched(key, lambda *launched: launches.append(launched)):
                 errors = _errors(_results(key, inputs, "triton"), self._exact[problem])
         if not launches:
             raise RuntimeError(f"{key} is not launched by such a call")
@@ -112,17 +116,11 @@ class Bench:
                 samples.append(1e3 * start.elapsed_time(end) / _REPEATS)
             raise _Enough
 
-        with suppress(_Enough), _forced(key, parameters), _watched(key, timed):
+        with suppress(_Enough), choice.override(key.kernel, **parameters), _watched(key, timed):
             _results(key, self._inputs, "triton")
         if not samples:
             raise RuntimeError(f"{key} is not launched by such a call")
         return statistics.median(samples)
-
-
-@contextmanager
-def _forced(key: Key, parameters: Parameters) -> Iterator[None]:
-    with choice.override(key.kernel, **parameters):
-        yield
 
 
 @contextmanager
@@ -150,11 +148,16 @@ def _problem(key: Key) -> Hashable:
     return replace(key, kernel=""), _solves(key), space.KERNELS[key.kernel].values
 
 
+def _sequences_and_heads(key: Key) -> tuple[int, int]:
+    H = min(key.N, HEADS)
+    return key.N // H, H
+
+
 @contextmanager
 def _cut_like(key: Key) -> Iterator[None]:
     """Cuts the backward of a few tokens into slabs where that of all of the key's is: kernels carry states between."""
-    shape = (max(1, key.N // HEADS), key.T, min(key.N, HEADS))
-    if key.when != "backward" or slabs.slab_count(*shape, solve=_solves(key)) == 1:
+    sequences, H = _sequences_and_heads(key)
+    if key.when != "backward" or slabs.slab_count(sequences, key.T, H, solve=_solves(key)) == 1:
         yield
         return
     ordinary = slabs.PROGRAMS, slabs.LEAST_CHUNKS
@@ -167,8 +170,7 @@ def _cut_like(key: Key) -> Iterator[None]:
 
 def _inputs(key: Key, device: str, *, small: bool) -> dict[str, Any]:
     """Arguments of a call that launches the kernel with the key's options; few tokens, or as many as the key says."""
-    H = min(key.N, HEADS)
-    sequences = max(1, key.N // H)
+    sequences, H = _sequences_and_heads(key)
     length = 3 * key.C + 17 if small and key.when != "decode" else key.T
     if small:
         sequences = min(sequences, 2)

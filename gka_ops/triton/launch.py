@@ -20,6 +20,7 @@ from torch import Tensor
 from gka_ops.autotune import choice, device
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.key import Problem, bucket
+from gka_ops.autotune.space import padded
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
@@ -37,13 +38,8 @@ from gka_ops.triton.kernels.recurrent import recurrent_kernel
 from gka_ops.triton.launcher import POINTER_ALIGNMENT, launch, replays
 from gka_ops.triton.slabs import slab_count
 
-_MIN_BLOCK = 16  # the least extent of a tensor-core operand
 _TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _padded(size: int) -> int:
-    return max(_MIN_BLOCK, triton.next_power_of_2(size))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -152,8 +148,8 @@ class _Problem:
         self.tokens = self.B * self.T
         is_fp32 = q.dtype == torch.float32
         self.operand = torch.float32 if is_fp32 else torch.float16
-        self.block_d = _padded(self.D)
-        config = chunk_config(self.block_d, _padded(self.V), is_fp32)
+        self.block_d = padded(self.D)
+        config = chunk_config(self.block_d, padded(self.V), is_fp32)
         options = _options(
             log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, cu_seqlens, ridge_offset, num_iter,
             qk_l2norm, self.group,
@@ -866,13 +862,13 @@ def recurrent_gka(
     output = q.new_empty(B, T, H, V)
     if output.numel() == 0:
         return output
-    block_d = _padded(D)
+    block_d = padded(D)
     options = _options(
         log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, None, ridge_offset, num_iter, qk_l2norm,
         H // k.shape[2],
     )  # fmt: skip
     problem = Problem("decode", _DTYPE_NAMES[q.dtype], D, V, 1, bucket(T), bucket(B * H), options)
-    config = choice.chosen(recurrent_config(block_d, _padded(V), T == 1), problem, _autotune_device(q))
+    config = choice.chosen(recurrent_config(block_d, padded(V), T == 1), problem, _autotune_device(q))
     with _on_device(q):
         launch(recurrent_kernel, (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),

@@ -75,6 +75,7 @@ RULES = (
             "gka_ops.autotune.config",
             "gka_ops.autotune.device",
             "gka_ops.autotune.key",
+            "gka_ops.autotune.space",
             NUMERICS,
         ),
         third_party=("torch", "triton"),
