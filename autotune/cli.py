@@ -2,7 +2,7 @@
 
 Shapes are texts like ``B2,T8192,H32,Hkv8,D128,V128,bf16``, or paths of a model's ``config.json``.
 
-Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing known of a key, an unreadable file);
+Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing known of a key, an unreadable file, no worker);
 2 the command line is not understood; 3 there is no card, and none was named.
 """
 
@@ -22,7 +22,7 @@ from gka_ops.autotune.device import Device, current
 from gka_ops.autotune.key import Key
 from gka_ops.autotune.report import Rows, described, explain, gain
 from gka_ops.autotune.table import Entry, Table
-from gka_ops.autotune.worker import Worker, WorkerError
+from gka_ops.autotune.worker import StartError, Worker, WorkerError
 
 if TYPE_CHECKING:
     from gka_ops.autotune.shapes import Shape
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _NoCardError as error:
         print(error, file=sys.stderr)
         return 3
+    except StartError as error:
+        print(f"nothing more can be compiled or run: {error}", file=sys.stderr)
+        return 1
     return code
 
 

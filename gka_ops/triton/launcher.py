@@ -41,6 +41,7 @@ from triton import AsyncCompileMode, FutureKernel, knobs
 from triton.runtime import JITFunction, driver
 
 from gka_ops.recall import Recall, Replay
+from gka_ops.triton.modules import load_apart
 
 Grid: TypeAlias = tuple[int, ...]
 
@@ -155,6 +156,7 @@ class _Compiler(ThreadPoolExecutor):
     """Compiles a kernel in a thread of its own, and loads it there: for that, Triton 3.6 runs the C compiler."""
 
     def __init__(self, device: torch.device) -> None:
+        load_apart()
         super().__init__(max_workers=os.cpu_count(), thread_name_prefix="gka_ops_compile")
         self._device = device
 
