@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = command("tune", "find the fastest configurations on this card; repeated, it goes on where it was stopped")
     _add_keys(tune, "by default those that tables are shipped for")
     tune.add_argument("--reach", action="store_true", help="try more values of every parameter, which takes longer")
-    tune.add_argument("--time-budget", type=_positive, default=480, metavar="SECONDS", help="for all of it (480)")
+    tune.add_argument("--time-budget", type=_positive, default=450, metavar="SECONDS", help="for all of it (450)")
     tune.add_argument("--workers", type=_positive, help="processes that compile; by default one a core")
     tune.add_argument("--into", type=Path, metavar="FILE", help="the table; by default this user's for the card")
     tune.add_argument("--ordinal", type=int, default=0, help="which of the cards here (0)")

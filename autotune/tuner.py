@@ -363,7 +363,7 @@ def bench_on(ordinal: int) -> Bench:
 
 def tune(
     keys: Iterable[Key], device: Device | None = None, make: Callable[[], Bench] | None = None, *,
-    seconds: float = 480.0,
+    seconds: float = 450.0,
     workers: int | None = None, path: Path | None = None, method: str = "spawn", reach: bool = False,
     log: Callable[[str], None] = lambda _: None, progress: Progress = lambda *_: None,
 ) -> list[Result]:  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from gka_ops import autotune
 from gka_ops.autotune import choice, cli, screen, shapes, table, tuner
 from gka_ops.autotune.report import Rows
-from gka_ops.autotune.worker import WorkerError
+from gka_ops.autotune.worker import StartError, WorkerError
 from tests.helpers.autotune import FORWARD, H100, H200, FakeBench, entry, forkserver, isolate, key_of
 
 KEY = key_of()
@@ -242,7 +242,7 @@ def test_what_is_tuned(run: Run, card: None, tuned: Tuned, tmp_path: Path) -> No
     assert run("tune")[0] == 0
     assert tuned.keys == autotune.keys_of(shapes.DEFAULT, H100)
     assert (tuned.given["seconds"], tuned.given["workers"], tuned.given["path"], tuned.given["reach"]) == (
-        480, None, None, False,
+        450, None, None, False,
     )  # fmt: skip
     into, options = tmp_path / "table.json", ("--reach", "--time-budget", 9, "--workers", 3)
     assert run("tune", "--key", OTHER, "--shapes", SHAPE, "--shapes", SHAPE, "--into", into, *options)[0] == 0
@@ -256,6 +256,14 @@ def test_nothing_that_works(run: Run, card: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tuner, "tune", lambda *_, **__: [tuner.Result(KEY, None, [])])
     code, output, _ = run("tune", "--key", KEY)
     assert code == 1 and "nothing that works" in output
+
+
+def test_no_worker_that_starts(run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
+    def tune(*_: Any, **__: Any) -> None:
+        raise StartError("the start of a worker took more than 180 s")
+
+    monkeypatch.setattr(tuner, "tune", tune)
+    assert run("tune") == (1, "", "nothing more can be compiled or run: the start of a worker took more than 180 s\n")
 
 
 def test_tune_without_a_folder(run: Run, card: None, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
