@@ -44,7 +44,7 @@ format: $(STAMP) ## apply the formatter and the safe fixes
 	$(RUN) -m ruff format .
 
 perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
-	$(RUN) -m perf.bars --json build/perf/bars.json
+	$(RUN) -m gka_ops_perf.bars --json build/perf/bars.json
 
 sanitize: $(STAMP) ## look for races and accesses out of bounds in every kernel (CUDA card; see CONTRIBUTING.md)
 	SHARDS=$(SHARDS) tools/sanitize.sh $(RUN)

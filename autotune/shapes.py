@@ -159,4 +159,4 @@ DEFAULT = (
     Shape(dtype="fp32"),
     Shape(T=32768, passes=_BOTH),  # and longer ones: the nearest bucket
 )
-"""The calls that ``perf.bars`` measures, and the layer's; tables are shipped for them."""
+"""The calls that ``gka_ops_perf.bars`` measures, and the layer's; tables are shipped for them."""

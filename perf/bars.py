@@ -1,4 +1,4 @@
-"""The figures to beat, measured: ``python -m perf.bars [--json FILE]`` on one card, random data larger than L2.
+"""The figures to beat, measured: ``python -m gka_ops_perf.bars [--json FILE]`` on one card, random data larger than L2.
 
 Times are medians of CUDA events between calls that are queued back to back, so that the host's own time does not
 show; the host's time has its own rows. Errors are against fp64 on the same inputs, per token (p50, p99).
@@ -388,7 +388,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what to store as the commit, where the checkout has no history")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("perf.bars needs a CUDA card", file=sys.stderr)
+        print("gka_ops_perf.bars needs a CUDA card", file=sys.stderr)
         return 2
 
     if arguments.warm_up:

@@ -1,7 +1,7 @@
-"""What tables of launch configurations gain over the heuristics: ``python -m perf.gain [--json FILE]`` on one card.
+"""What tables of launch configurations gain over the heuristics: ``python -m gka_ops_perf.gain [--json FILE]`` on one card.
 
 Calls of the public operators are timed with the heuristics alone and with the tables in force, in turns within one
-process; see ``perf.bars`` for how. A second table has the host's time of small calls, which tables should not change,
+process; see ``gka_ops_perf.bars`` for how. A second table has the host's time of small calls, which tables should not change,
 and a third one the kernels' own times from those tables, as they were tuned. ``--cold`` measures the first call of
 fresh processes too, with an empty and with a filled Triton cache.
 """
@@ -24,8 +24,8 @@ from tabulate import tabulate
 
 from gka_ops.autotune import choice
 from gka_ops.autotune.device import Device, current
-from gka_ops.autotune.table import Table
-from perf import bars
+from gka_ops.autotune.table import Entry, Table
+from gka_ops_perf import bars
 
 ROUNDS = 5
 
@@ -109,7 +109,7 @@ def measure(case: Case, tables: Tables, rounds: int = ROUNDS) -> Gain:
 
 def kernels(tables: Tables, device: Device) -> list[Gain]:
     """The times that are stored for this card, of entries that count; of two for one key, those of the first table."""
-    entries = {}
+    entries: dict[str, Entry] = {}
     for _, table in tables:
         for key, entry in table.entries.items() if table.device == device else ():
             if not entry.stale(key.kernel):
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--cold", action="store_true", help="measure the first call of fresh processes as well")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("perf.gain needs a CUDA card", file=sys.stderr)
+        print("gka_ops_perf.gain needs a CUDA card", file=sys.stderr)
         return 2
 
     tables = choice.read_all()
@@ -165,7 +165,7 @@ def main() -> int:
     show("Calls", gains["calls"])
     show("Host time", gains["host"])
     show("Kernels, as they were tuned", of_kernels)
-    stored = {**bars.environment(arguments.commit), "tables": [str(path) for path, _ in tables]}
+    stored: dict[str, Any] = {**bars.environment(arguments.commit), "tables": [str(path) for path, _ in tables]}
     stored |= {name: report(found) for name, found in (*gains.items(), ("kernels", of_kernels))}
     if arguments.cold:
         stored["first call, s"] = cold = cold_start()

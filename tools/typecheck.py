@@ -37,7 +37,7 @@ def link_packages() -> dict[str, str]:
 
 def main(options: list[str]) -> int:
     origin = link_packages()
-    command = [sys.executable, "-m", "mypy", "--cache-dir", CACHE, "-p", "gka_ops", *options]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", CACHE, "-p", "gka_ops", "-p", "gka_ops_perf", *options]
     environment = os.environ | {"MYPYPATH": str(FARM.relative_to(ROOT))}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=False)
     longest_first = sorted(origin, key=len, reverse=True)

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.import_arrows import Rule, imports, modules, violations
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "examples", "tools")
+OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "gka_ops_perf", "examples", "tools")
 
 NUMERICS = "gka_ops.numerics"
 PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.distributed", "gka_ops.types", NUMERICS)
@@ -98,8 +98,8 @@ RULES = (
         third_party=("torch", "matplotlib", "rich", "tabulate"),
     ),
     Rule(
-        "perf*",
-        ours=(*PUBLIC, "gka_ops.reference*", "gka_ops.autotune*", "perf.*"),
+        "gka_ops_perf*",
+        ours=(*PUBLIC, "gka_ops.reference*", "gka_ops.autotune*", "gka_ops_perf.*"),
         third_party=("torch", "triton", "matplotlib", "pytest", "pytest_benchmark", "rich", "tabulate"),
     ),
 )
@@ -107,7 +107,7 @@ RULES = (
 
 def library_modules() -> dict[str, Path]:
     package_dir = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    return modules(ROOT, package_dir | {"examples": "examples", "perf": "perf"})
+    return modules(ROOT, package_dir | {"examples": "examples"})
 
 
 def test_imports_follow_the_arrows() -> None:
@@ -122,7 +122,7 @@ def test_triton_is_imported_only_below_gka_ops_triton() -> None:
     users = {
         name for name, path in known.items() for i in imports(name, path, known) if i.target.split(".")[0] == "triton"
     }
-    assert all(name.startswith(("gka_ops.triton.", "perf")) for name in users), sorted(users)
+    assert all(name.startswith(("gka_ops.triton.", "gka_ops_perf")) for name in users), sorted(users)
 
 
 def test_every_package_is_listed_for_installation() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from gka_ops.autotune import choice
 from gka_ops.autotune.table import Table
-from perf import bars, gain
+from gka_ops_perf import bars, gain
 from tests.helpers.autotune import FORWARD, H100, H200, entry, isolate, key_of
 
 
@@ -39,7 +39,7 @@ def test_a_failing_or_missed_row_fails_the_run_but_not_the_other_rows(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     path = tmp_path / "bars.json"
-    monkeypatch.setattr("sys.argv", ["perf.bars", "--json", str(path), "--commit", "abc"])
+    monkeypatch.setattr("sys.argv", ["gka_ops_perf.bars", "--json", str(path), "--commit", "abc"])
     assert bars.main() == 1
     report = json.loads(path.read_text())
     assert report["commit"] == "abc"
@@ -74,7 +74,7 @@ def test_the_gain_of_tables(
     for name, value in (("is_available", True), ("empty_cache", None), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     path = tmp_path / "gain.json"
-    monkeypatch.setattr("sys.argv", ["perf.gain", "--json", str(path), "--commit", "abc", "--cold"])
+    monkeypatch.setattr("sys.argv", ["gka_ops_perf.gain", "--json", str(path), "--commit", "abc", "--cold"])
     assert gain.main() == 0
     assert turns == [4, 8] * gain.ROUNDS
     stored = json.loads(path.read_text())
