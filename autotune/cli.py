@@ -2,8 +2,8 @@
 
 Shapes are texts like ``B2,T8192,H32,Hkv8,D128,V128,bf16``, or paths of a model's ``config.json``.
 
-Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing known of a key, an unreadable file, no worker);
-2 the command line is not understood; 3 there is no card, and none was named.
+Exit codes: 0 all is well; 1 something is not (a stale or wrong entry, nothing known of a key, an unreadable file, no
+worker); 2 the command line is not understood; 3 there is no card, and none was named.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What tables of launch configurations gain over the heuristics: ``python -m gka_ops_perf.gain [--json FILE]`` on one card.
+"""What tables of launch configurations gain over the heuristics, on one card: ``python -m gka_ops_perf.gain``.
 
 Calls of the public operators are timed with the heuristics alone and with the tables in force, in turns within one
-process; see ``gka_ops_perf.bars`` for how. A second table has the host's time of small calls, which tables should not change,
-and a third one the kernels' own times from those tables, as they were tuned. ``--cold`` measures the first call of
-fresh processes too, with an empty and with a filled Triton cache.
+process; see ``gka_ops_perf.bars`` for how. A second table has the host's time of small calls, which tables should not
+change, and a third one the kernels' own times from those tables, as they were tuned. ``--cold`` measures the first call
+of fresh processes too, with an empty and with a filled Triton cache.
 """
 
 from __future__ import annotations
