@@ -15,29 +15,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
-from unittest import mock
+from typing import NamedTuple, TypeAlias
 
-import torch
-import triton
 from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from gka_ops.autotune.config import chunk_config
-from gka_ops.triton import launch
+from gka_ops_perf.offline import Compiled, compile_for_hopper, disassembled, launches
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HOPPER, MULTIPROCESSORS = 90, 132
 _SHARED = 0x400  # where a program's shared memory begins: the first KiB is the system's
 
 Value: TypeAlias = "int | str | None"
@@ -51,78 +39,6 @@ class Product(NamedTuple):
     shape: str
     left: Value
     right: Value
-
-
-# ------------------------------------------------------------------------------------------------------------- kernels
-class Compiled(NamedTuple):
-    name: str
-    ptx: str
-    cubin: bytes
-
-
-def launches(D: int, V: int, dtype: str, num_iter: int, **config: int) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels that ``chunk_gka`` and its backward launch on a Hopper card, with their arguments.
-
-    ``config``: fields of :class:`~gka_ops.autotune.config.ChunkConfig` that are not to be what the heuristic says.
-    """
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
-
-    def noted(kernel: Any, grid: Any, /, **arguments: Any) -> None:
-        found.setdefault(kernel.fn.__name__, (kernel, arguments))
-
-    B, T, H = 1, 256, 4
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.rand(B, T, H, *shape, generator=generator)
-
-    q, k, v = (randn(size).to(DTYPES[dtype]) for size in (D, D, V))
-    inputs = (q, k, v, -randn(), randn(), randn(), *[None] * 6)
-    options = (0.02, 0.0, num_iter, D**-0.5, True)
-    with mock.patch.multiple(
-        launch,
-        launch=noted,
-        chunk_config=lambda *key: replace(chunk_config(*key), **config),
-        _on_hopper=lambda p: p.config.solve_async,
-        _multiprocessors=lambda q: MULTIPROCESSORS,
-    ):
-        output, _, _, *saved = launch.chunk_gka.__wrapped__(*inputs, None, *options, False, True)
-        launch.chunk_gka_backward.__wrapped__(torch.ones_like(output), None, None, *inputs, None, *saved, *options)
-    return list(found.values())
-
-
-def compile_for_hopper(kernel: Any, arguments: dict[str, Any]) -> Compiled:
-    """What Triton makes of a launch with aligned pointers."""
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        specialised = type(value) is int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and value == 1):
-            signature[parameter.name], constants[i,] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = types[value.dtype]
-        else:
-            signature[parameter.name] = "i1" if isinstance(value, bool) else "i32" if type(value) is int else "fp32"
-        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
-            attributes[i,] = [["tt.divisibility", 16]]
-    options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
-    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    built = triton.compile(
-        source(kernel, signature, constants, attributes), target=GPUTarget("cuda", HOPPER, 32), options=options
-    )
-    return Compiled(kernel.fn.__name__, built.asm["ptx"], built.asm["cubin"])
-
-
-def disassembled(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------- PTX

@@ -98,9 +98,14 @@ RULES = (
         third_party=("torch", "matplotlib", "rich", "tabulate"),
     ),
     Rule(
+        "gka_ops_perf.offline",
+        ours=("gka_ops.triton.launch", "gka_ops.autotune.config"),
+        third_party=("torch", "triton"),
+    ),
+    Rule(
         "gka_ops_perf*",
         ours=(*PUBLIC, "gka_ops.reference*", "gka_ops.autotune*", "gka_ops_perf.*"),
-        third_party=("torch", "triton", "matplotlib", "pytest", "pytest_benchmark", "rich", "tabulate"),
+        third_party=("torch", "triton", "matplotlib", "pytest", "pytest_benchmark", "rich", "tabulate", "fla"),
     ),
 )
 
