@@ -13,7 +13,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= gpu,demo,dev
+EXTRAS ?= gpu,demo,perf,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 SHARDS ?=

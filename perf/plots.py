@@ -48,14 +48,10 @@ def over_length(record: Record, family: str = "7B") -> Figure:
     for column, stage in enumerate(stages):
         for name, found in sequence_cases(record, stage, family).items():
             lengths = [_length(m) for m in found]
-            times = [m.figures[KERNEL] for m in found]
+            times = [m.figures[KERNEL].median / m.tokens for m in found]  # ms a token
             style = {"label": name, "color": COLOURS.get(name), "marker": "o"}
-            axes[0, column].plot(
-                lengths, [t.median * 1e3 / m.tokens for t, m in zip(times, found, strict=True)], **style
-            )
-            axes[1, column].plot(
-                lengths, [m.tokens / t.median * 1e-3 for t, m in zip(times, found, strict=True)], **style
-            )
+            axes[0, column].plot(lengths, [time * 1e3 for time in times], **style)
+            axes[1, column].plot(lengths, [1e-3 / time for time in times], **style)
         for row, label in enumerate(("µs a token, all heads", "million tokens a second")):
             axis = axes[row, column]
             axis.set(xscale="log", yscale="log", xlabel="tokens a sequence", ylabel=label, title=stage)
@@ -67,9 +63,8 @@ def over_length(record: Record, family: str = "7B") -> Figure:
 
 def roofline(record: Record) -> Figure:
     """The share of the card's roofline that each of our calls reaches."""
-    found = [
-        (m, reached) for m in only(record.measurements) if m.provider in (GKA, VANILLA) if (reached := share(m, record))
-    ]
+    ours = [m for m in only(record.measurements) if m.provider in (GKA, VANILLA)]
+    found = [(m, reached) for m in ours if (reached := share(m, record))]
     figure, axes = _figure(height=max(2.0, 0.24 * len(found)))
     axis = axes[0, 0]
     axis.barh(

@@ -109,7 +109,7 @@ def _page(record: Record, found: Sequence[Section]) -> str:
     lines = "<br>\n".join(map(html.escape, machine_lines(record)))
     plotted = "\n".join(
         f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.text)}</p>\n"
-        f'<img id="{section.name}" alt="{html.escape(section.title)}" src="data:image/png;base64,{_png(section.figure)}">'
+        f'<img id="{section.name}" alt="{html.escape(section.title)}" src="{_png(section.figure)}">'
         for section in found
     )
     table = tables.run(record, "html")
@@ -123,4 +123,4 @@ def _page(record: Record, found: Sequence[Section]) -> str:
 def _png(figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
-    return base64.b64encode(data.getvalue()).decode()
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -64,10 +64,10 @@ def run(record: Record, form: Format = "simple") -> str:
     cells = []
     for m in record.measurements:
         kernel, eager = m.figures.get(KERNEL), m.figures.get(EAGER)
-        reached = share(m, record)
+        reached, median = share(m, record), kernel.median if kernel else None
         cells.append((
-            m.case, number(kernel.median if kernel else None), interval(kernel), number(eager.median if eager else None),
-            number(m.tokens / kernel.median * 1e-3) if kernel else "", f"{reached:.0%}" if reached else "",
+            m.case, number(median), interval(kernel), number(eager.median if eager else None),
+            number(m.tokens / median * 1e-3) if median else "", f"{reached:.0%}" if reached else "",
             ", ".join(f"{name} {error:.1e}" for name, error in worst(m)), m.reason or m.status,
         ))  # fmt: skip
     header = ("case", "kernel ms", "95 %", "eager ms", "M tokens/s", "roofline", "error", "")
