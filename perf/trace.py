@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,9 +53,12 @@ def record(step: Callable[[], Any], folder: Path, device: str, tensorboard: Path
                 step()
         if on_card:
             torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    if tensorboard is not None:
+    if tensorboard is None:
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+    else:  # a trace can be saved once
         tensorboard_trace_handler(str(tensorboard))(profiler)
+        newest = max(tensorboard.glob("*.pt.trace.json"), key=lambda path: path.stat().st_mtime)
+        shutil.copyfile(newest, folder / "trace.json")
     return _hot(profiler, on_card)
 
 

@@ -158,7 +158,7 @@ def test_commits_are_installed_side_by_side(repository: Path, tmp_path: Path) ->
     assert found == ["10\n", "100\n"]
     trees = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True).stdout
     assert len(trees.splitlines()) == 1
-    with pytest.raises(CompareError, match="expected a commit of .*, got 'nothing'"):
+    with pytest.raises(CompareError, match=r"expected a commit of .*, got 'nothing'"):
         compare.resolve("nothing", repository)
 
 
