@@ -5,6 +5,7 @@
 #   make test VENV=~/envs/cuda                 an environment of yours; a torch of the pinned version stays, whatever its build
 #   make test VENV=~/envs/cuda TORCH=torch CONSTRAINTS=      ... and any torch and packages that satisfy pyproject.toml stay
 #   make test PYTEST_ARGS="-k solve -x"        more options for pytest
+#   make perf PERF_ARGS="--suite quick"        more options for gka-perf run
 #
 # pip's own settings apply (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...). On Linux the default index serves a CUDA build of
 # torch of several gigabytes; point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels to get the small one.
@@ -16,6 +17,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= gpu,demo,perf,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PERF_ARGS ?=
 SHARDS ?=
 
 RUN := $(VENV)/bin/python
@@ -23,7 +25,7 @@ PIP_INSTALL := $(RUN) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(
 STAMP := $(VENV)/.gka-ops-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format perf sanitize
+.PHONY: help demo test lint format perf bars sanitize
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +45,10 @@ format: $(STAMP) ## apply the formatter and the safe fixes
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-perf: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
+perf: $(STAMP) ## measure the performance suite: on a card every case, without one ratios and counts
+	OMP_NUM_THREADS=1 $(RUN) -m gka_ops_perf.cli run $(PERF_ARGS)
+
+bars: $(STAMP) ## measure the figures to beat on a CUDA card (see docs/performance.md)
 	$(RUN) -m gka_ops_perf.bars --json build/perf/bars.json
 
 sanitize: $(STAMP) ## look for races and accesses out of bounds in every kernel (CUDA card; see CONTRIBUTING.md)

@@ -315,6 +315,21 @@ def warm_up() -> None:
             pass
 
 
+AUTHORS_TIMES = {
+    f"chunk_gka forward, {ACCURATE_AS_AUTHORS} iterations": "4.53 (30 iterations)",
+    f"chunk_gka forward + backward, {ACCURATE_AS_AUTHORS} iterations": "15.07 (30 iterations)",
+    "num_iter=0 forward": "simple-GLA 0.52",
+    "num_iter=0 forward + backward": "simple-GLA 2.40",
+    "chunk_solve forward, 30 iterations": "3.49",
+    "peak extra memory, forward + backward": "1943",
+    "prefill B1 T8192, 8 kv heads, state out": "4.92",
+    "decode N=64, 8 kv heads, 30 iterations": "369",
+    "decode N=256": "1299",
+    "decode N=1": "28",
+    "first call, empty Triton cache": "> 300",
+}
+"""What others take, in the row's unit: the paper's authors' kernels unless said, on an H100 80 GB (docs/design.md)."""
+
 AUTHORS = {"x p50": 3.9e-3, "x p99": 8.4e-3, "o p50": 7.5e-3, "o p99": 4.2e-2, "dq": 7.7e-3, "dk": 1.2e-2,
            "dv": 1.0e-2, "dlog_decay": 2.1e-2}  # fmt: skip
 """The paper's authors' kernels, 30 iterations, same inputs' distribution, H100 (docs/numerics.md)."""

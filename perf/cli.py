@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--out", type=Path, default=Path("build/perf/trace"), metavar="FOLDER")
     trace.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write it for PyTorch's profiler plugin too")
     trace.add_argument("--top", type=int, default=15, help="kernels to print (15)")
+
+    docs = command("docs", "fill the figures of README and docs in, from the stored runs")
+    docs.add_argument("--check", action="store_true", help="change nothing; fail where a file says something else")
     return parser
 
 
@@ -175,6 +178,22 @@ def _report(options: argparse.Namespace) -> int:
     for path in report.write(newest, history, options.out):
         print(path)
     return 0
+
+
+def _docs(options: argparse.Namespace) -> int:
+    from gka_ops_perf import docs
+
+    stale = 0
+    try:
+        for path, (now, wanted) in docs.files().items():
+            if now != wanted:
+                stale += 1
+                print(f"{path}: {'stale' if options.check else 'written'}")
+                if not options.check:
+                    path.write_text(wanted, encoding="utf-8")
+    except docs.DocsError as error:
+        raise _UsageError(str(error)) from None
+    return 1 if stale and options.check else 0
 
 
 def _trace(options: argparse.Namespace) -> int:
