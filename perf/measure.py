@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,7 @@ def measure(group: Sequence[Case], timer: Timer) -> list[Measurement]:
     errors: dict[Case, dict[str, float]] = {}
     for case in group:
         try:
-            made = job(case)
-            errors[case] = checked(made)
-            ready[case] = timing.prepare(made.run)
+            ready[case], errors[case] = _ready(case)
         except Exception as error:  # a case must not cost the others
             found[case] = failure(case, error)
     try:
@@ -77,7 +75,7 @@ def measure(group: Sequence[Case], timer: Timer) -> list[Measurement]:
     else:
         for case, figures in samples.items():
             try:
-                timing.check_spread(figures[KERNEL], KERNEL)
+                timing.check_spread(figures[KERNEL], KERNEL, timing.MAX_SPREAD)
             except UnstableError as error:
                 found[case] = failure(case, error)
             else:
@@ -86,6 +84,13 @@ def measure(group: Sequence[Case], timer: Timer) -> list[Measurement]:
     ready.clear()
     forget()
     return [found[case] for case in group]
+
+
+def _ready(case: Case) -> tuple[Prepared, dict[str, float]]:
+    """What is timed, and its errors. Raises where there is nothing, or nothing right, to be timed."""
+    made = job(case)
+    errors = checked(made)
+    return timing.prepare(made.run), errors
 
 
 def _samples(ready: dict[Case, Prepared], timer: Timer) -> dict[Case, dict[str, list[float]]]:
@@ -113,13 +118,3 @@ def forget() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
-
-
-def all_of(groups: Iterable[Sequence[Case]], timer: Timer, done: Callable[[Measurement], None]) -> list[Measurement]:
-    """Every group's measurements, each handed to ``done`` as soon as there is one."""
-    found = []
-    for group in groups:
-        for measurement in measure(group, timer):
-            found.append(measurement)
-            done(measurement)
-    return found

@@ -103,7 +103,7 @@ def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int, *, first:
     return samples
 
 
-def check_spread(samples: list[float], what: str, limit: float = MAX_SPREAD) -> None:
+def check_spread(samples: list[float], what: str, limit: float) -> None:
     """Raises ``UnstableError`` where the middle half of the samples is wider than ``limit`` times their median."""
     found = spread(samples)
     if not found <= limit:

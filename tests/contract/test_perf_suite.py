@@ -160,9 +160,9 @@ def test_rounds() -> None:
 
 
 def test_samples_that_spread_are_refused() -> None:
-    timing.check_spread([1.0, 1.01, 1.02], "a")
+    timing.check_spread([1.0, 1.01, 1.02], "a", 0.1)
     with pytest.raises(UnstableError, match="a: samples spread by 20% of their median, more than 10%"):
-        timing.check_spread([0.8, 1.0, 1.2], "a")
+        timing.check_spread([0.8, 1.0, 1.2], "a", 0.1)
 
 
 def test_the_card_s_state() -> None:
