@@ -11,7 +11,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,17 +18,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
 
 import gka_ops
+from gka_ops_perf import providers
+from gka_ops_perf.costs import Shape
+from gka_ops_perf.machine import machine
+from gka_ops_perf.providers import Inputs
 
 ACCURATE_AS_AUTHORS = 19  # iterations: x p99 <= 7.9e-3 at ridge 0.02
 WARM_UP, REPEATS = 3, 15
@@ -52,32 +53,11 @@ class Bar(NamedTuple):
         return "met" if value <= self.must else "missed"
 
 
-class Inputs(NamedTuple):
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    log_decay: torch.Tensor
-    alpha: torch.Tensor
-    beta: torch.Tensor
-
-
 def make_inputs(
-    B: int, T: int, H: int = 32, Hkv: int | None = None, D: int = 128, grad: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Inputs:  # fmt: skip
+    B: int, T: int, H: int = 32, Hkv: int | None = None, D: int = 128, grad: bool = False, dtype: str = "bf16"
+) -> Inputs:
     """Unit random queries and keys, mean log decay -0.01 a token, sigmoid gates; gates in fp32."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
-
-    Hkv = H if Hkv is None else Hkv
-    q, k = (F.normalize(randn(B, T, h, D), dim=-1).to(dtype) for h in (H, Hkv))
-    decay = -0.02 * torch.rand(B, T, H, device="cuda", generator=generator)
-    inputs = Inputs(
-        q, k, randn(B, T, Hkv, D).to(dtype), decay, torch.sigmoid(randn(B, T, H)), torch.sigmoid(randn(B, T, H))
-    )
-    return Inputs(*(t.requires_grad_(grad) for t in inputs))
+    return providers.make_inputs(Shape(B, T, H, H if Hkv is None else Hkv, D, D, dtype), grad=grad)
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -273,7 +253,7 @@ def bars() -> list[Bar]:
         Bar("B1 H8 T32768 forward over the main shape, per token and head", "×", 2.0, 1.3, small_batch_ratio),
         Bar(
             "fp32 forward B1 T8192 H32", "ms", None, None,
-            lambda: milliseconds(forward(make_inputs(1, 8192, dtype=torch.float32)), 5),
+            lambda: milliseconds(forward(make_inputs(1, 8192, dtype="fp32")), 5),
         ),
         Bar("D=64 forward B2 T8192 H32", "ms", None, None, lambda: milliseconds(forward(make_inputs(2, 8192, D=64)))),
     ]  # fmt: skip
@@ -287,7 +267,7 @@ WARM_UPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "serving": ({"B": 1, "Hkv": 8}, {"output_final_state": True}),
     "D=256": ({"B": 1, "H": 8, "D": 256}, {}),
     "small batch": ({"B": 1, "H": 8}, {}),
-    "fp32": ({"B": 1, "dtype": torch.float32}, {}),
+    "fp32": ({"B": 1, "dtype": "fp32"}, {}),
     "D=64": ({"B": 2, "D": 64}, {}),
     "tiny": ({"B": 1, "H": 2}, {}),
     "errors": ({"B": 1, "H": 4, "grad": True}, {}),
@@ -343,11 +323,11 @@ def at_least_the_authors(row: dict[str, float]) -> bool:
 def errors() -> dict[str, dict[str, float]]:
     """Errors of x, of the output and of each gradient at the iteration counts timed, for bf16 and fp32 inputs."""
     few, default = {"num_iter": ACCURATE_AS_AUTHORS}, dict[str, Any]()
-    of_bf16 = errors_of(torch.bfloat16, {f"{ACCURATE_AS_AUTHORS} iterations": few, "default": default})
-    return of_bf16 | errors_of(torch.float32, {"default, fp32": default})
+    of_bf16 = errors_of("bf16", {f"{ACCURATE_AS_AUTHORS} iterations": few, "default": default})
+    return of_bf16 | errors_of("fp32", {"default, fp32": default})
 
 
-def errors_of(dtype: torch.dtype, calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def errors_of(dtype: str, calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The same for inputs of one dtype (B1 T1024 H4) and calls with some options."""
     inputs = make_inputs(1, 1024, 4, grad=True, dtype=dtype)
     exact = Inputs(*(t.detach().double().requires_grad_() for t in inputs))
@@ -376,21 +356,9 @@ def errors_of(dtype: torch.dtype, calls: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def environment(commit: str | None = None) -> dict[str, str]:
-    import triton
-
-    def of(*command: str) -> str:
-        result = subprocess.run(command, capture_output=True, text=True)
-        return result.stdout.strip()
-
-    return {
-        "card": torch.cuda.get_device_name(),
-        "driver": of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit or of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    here = machine(commit)
+    names = ("driver", "torch", "triton", "python", "commit", "date")
+    return {"card": here.gpu, **{name: getattr(here, name) for name in names}}
 
 
 def main() -> int:

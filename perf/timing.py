@@ -93,11 +93,11 @@ def rounds_for(milliseconds: float) -> int:
     return min(max(wanted, ROUNDS.start), ROUNDS.stop - 1)
 
 
-def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int, *, first: int = 0) -> dict[str, list[float]]:
+def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """``rounds`` samples of each; who is first in a round changes from one to the next."""
     samples: dict[str, list[float]] = {name: [] for name in measures}
     names = list(measures)
-    for i in range(first, first + rounds):
+    for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
             samples[name].append(measures[name]())
     return samples
