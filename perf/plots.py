@@ -23,8 +23,9 @@ COLOURS = {
 }  # fmt: skip
 
 
-def _figure(rows: int = 1, columns: int = 1, height: float = 4.2) -> tuple[Figure, Any]:
-    return plt.subplots(rows, columns, figsize=(6.2 * columns, height * rows), layout="constrained", squeeze=False)
+def _figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 6.2) -> tuple[Figure, Any]:
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
 def sequence_cases(record: Record, stage: str, family: str) -> dict[str, list[Measurement]]:
@@ -55,7 +56,10 @@ def over_length(record: Record, family: str = "7B") -> Figure:
         for row, label in enumerate(("µs a token, all heads", "million tokens a second")):
             axis = axes[row, column]
             axis.set(xscale="log", yscale="log", xlabel="tokens a sequence", ylabel=label, title=stage)
-            axis.grid(True, which="both", alpha=0.25)
+            lengths = sorted({_length(m) for found in sequence_cases(record, stage, family).values() for m in found})
+            axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.25)
         if axes[0, column].lines:
             axes[0, column].legend(fontsize=8)
     return figure
@@ -63,13 +67,14 @@ def over_length(record: Record, family: str = "7B") -> Figure:
 
 def roofline(record: Record) -> Figure:
     """The share of the card's roofline that each of our calls reaches."""
-    ours = [m for m in only(record.measurements) if m.provider in (GKA, VANILLA)]
+    ours = [m for m in only(record.measurements) if m.provider in (GKA, VANILLA) and "num_iter=" not in m.group]
     found = [(m, reached) for m in ours if (reached := share(m, record))]
-    figure, axes = _figure(height=max(2.0, 0.24 * len(found)))
+    figure, axes = _figure(width=9.0, height=max(2.0, 0.2 * len(found)))
     axis = axes[0, 0]
     axis.barh(
         [m.case for m, _ in found], [reached for _, reached in found], color=[COLOURS[m.provider] for m, _ in found]
     )
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="floor of arithmetic or memory over kernel time")
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
