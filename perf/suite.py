@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Literal
 
-from gka_ops_perf import cpu, measure, timing
-from gka_ops_perf.cases import GKA, cases, groups
+from gka_ops_perf import cpu, measure, providers, timing
+from gka_ops_perf.cases import GKA, VANILLA, Case, cases, groups
 from gka_ops_perf.estimates import estimate
 from gka_ops_perf.machine import machine
 from gka_ops_perf.records import Measurement, Record, Run
 
 SuiteName = Literal["quick", "full", "cpu"]
+
+AHEAD = 8  # processes that compile at once, each with a case's operands on the card
+LONGEST_AHEAD, LARGEST_AHEAD = 32768, 64  # tokens of a sequence, and sequences, for which that is done
 
 Progress = Callable[[str, int, int], None]
 """Is told what is measured, how many cases are done, and of how many."""
@@ -41,12 +48,35 @@ def run(suite: SuiteName, select: str = "", commit: str | None = None, progress:
 
 def _on_card(suite: Literal["quick", "full"], select: str, progress: Progress) -> Iterator[Measurement]:
     chosen = cases(suite, select)
+    compile_ahead(chosen, progress)
     timer, done = timing.Timer(), 0
     for name, group in groups(chosen).items():
         progress(name, done, len(chosen))
         yield from measure.measure(group, timer)
         done += len(group)
     progress("", done, len(chosen))
+
+
+def compile_ahead(chosen: Sequence[Case], progress: Progress) -> None:
+    """Fills the caches of Triton and Inductor, side by side in processes of their own, which measuring would wait for.
+
+    What fails here fails again where it is measured, and is reported there. Left out is what would need too much of the
+    card's memory beside others, and what only calls libraries.
+    """
+    compiled = [c for c in chosen if c.provider in (GKA, VANILLA, "flex_attention") and c.op != "model"]
+    compiled = [c for c in compiled if c.shape.T <= LONGEST_AHEAD and c.shape.B <= LARGEST_AHEAD]
+    workers = min(AHEAD, len(compiled), os.cpu_count() or 1)
+    if workers < 2:
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(_call, case) for case in compiled]
+        for done, _ in enumerate(as_completed(pending)):
+            progress("compiling", done, len(compiled))
+
+
+def _call(case: Case) -> None:
+    with contextlib.suppress(Exception):
+        providers.job(case).run()
 
 
 def _on_cpu(select: str, progress: Progress) -> Iterator[Measurement]:

@@ -257,6 +257,17 @@ def test_pytest_benchmark_gets_kernel_times(monkeypatch: pytest.MonkeyPatch) -> 
     assert clock() - before == pytest.approx(3e-4) and clock() == clock()
 
 
+def test_compiling_ahead_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here nothing can be compiled, as there is no card: every case fails, in its process."""
+    monkeypatch.setattr(suites, "AHEAD", 2)
+    seen: list[tuple[str, int, int]] = []
+    chosen = [Case("chunk_gka", "forward", "7B", ONE, provider) for provider in (GKA, VANILLA, "sdpa")]
+    suites.compile_ahead(chosen, lambda *told: seen.append(told))
+    assert seen == [("compiling", 0, 2), ("compiling", 1, 2)]
+    suites.compile_ahead(chosen[:1], lambda *told: seen.append(told))
+    assert len(seen) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- the CPU
 def test_the_cpu_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
