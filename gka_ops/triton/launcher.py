@@ -455,14 +455,29 @@ def replays(configuration: Callable[[], Hashable]) -> Callable[[Callable[..., An
 
             ``mutated`` are those of its tensors whose versions count.
             """
-            current = configuration()
-            plan = _find(_key(operator, current, args)[0]) if _replayable(args[0]) else None
-            if not isinstance(plan, _Plan) or len(plan.extents) != outputs:
+            if not _replayable(args[0]):
                 return None
+            _, first, *rest = _key(operator, configuration(), args)[0]
+
+            def plan_for(current: Hashable) -> _Plan | None:
+                plan = _find((operator, current, *rest))
+                return plan if isinstance(plan, _Plan) and len(plan.extents) == outputs else None
+
+            plan = plan_for(first)
+            if plan is None:
+                return None
+            known = first, plan
 
             def replay(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+                nonlocal known
                 pointers = list(map(_data_ptr, tensors))
-                if configuration() is not current or not _aligned(pointers):
+                current, (recorded, plan) = configuration(), known
+                if current is not recorded:
+                    other = plan_for(current)
+                    if other is None:
+                        return None
+                    known, plan = (current, other), other
+                if not _aligned(pointers):
                     return None
                 if written := tensors[mutated]:
                     torch._C._increment_version(written)

@@ -389,9 +389,12 @@ def test_other_addresses_and_layouts(calls: Calls) -> None:
 
 
 def test_another_configuration(run: Callable[..., Any], calls: Calls) -> None:
+    """Each is recorded once; then calls are known under all of them."""
     calls.implementation.configuration = "two"
-    assert not calls.beside(run)
+    assert [calls.beside(run) for _ in range(2)] == [False, True]
     calls.implementation.configuration = "one"
+    assert calls.beside(run)
+    calls.implementation.configuration = "two"
     assert calls.beside(run)
 
 
