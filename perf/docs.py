@@ -108,6 +108,15 @@ def _gain(results: Path, argument: str) -> str:
     return f"{_origin(stored)}\n\n{_table(rows, ('', 'heuristic', 'table', 'ratio'))}\n\n{mean}"
 
 
+def _cold(results: Path, folder: str) -> str:
+    """The first call of fresh processes: ``cold FOLDER``."""
+    stored = _stored(results / folder / "gain.json")
+    if "first call, s" not in stored:
+        raise DocsError(f"expected gain --cold in {results / folder}, found no first call")
+    rows = [(what, f"{tables.number(seconds)} s") for what, seconds in stored["first call, s"].items()]
+    return f"{_origin(stored)}\n\n{_table(rows, ('', 'first call'))}"
+
+
 def _suite(results: Path, argument: str) -> str:
     """Cases of the newest full run of a card: ``suite FOLDER TEXT``, those with TEXT in their names."""
     folder, _, select = argument.partition(" ")
@@ -123,4 +132,6 @@ def _suite(results: Path, argument: str) -> str:
     return f"{origin}\n\n{tables.run(Record(newest.run, chosen), 'github')}"
 
 
-_TABLES: dict[str, Callable[[Path, str], str]] = {"bars": _bars, "errors": _errors, "gain": _gain, "suite": _suite}
+_TABLES: dict[str, Callable[[Path, str], str]] = {
+    "bars": _bars, "errors": _errors, "gain": _gain, "cold": _cold, "suite": _suite,
+}  # fmt: skip

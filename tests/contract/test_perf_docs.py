@@ -67,19 +67,24 @@ def test_gains(results: Path) -> None:
         for name, r in (("a", 1.0), ("b", 1.1))
     ]
     gain: dict[str, Any] = {part: {"rows": rows, "geometric mean": 1.05} for part in ("calls", "kernels")}
-    (results / "h100" / "gain.json").write_text(json.dumps({**BARS, **gain}))
+    stored = results / "h100" / "gain.json"
+    stored.write_text(json.dumps({**BARS, **gain}))
     filled = docs.fill(block("gain h100 calls"), results)
     assert (
         cells(filled) == [["a", "2 µs", "2", "1.000"], ["b", "2.2 µs", "2", "1.100"]] and "of 2 ratios: 1.050" in filled
     )
     filled = docs.fill(block("gain h100 kernels"), results)
     assert [row[0] for row in cells(filled)] == ["b"]
+    with pytest.raises(DocsError, match="found no first call"):
+        docs.fill(block("cold h100"), results)
+    stored.write_text(json.dumps({**BARS, **gain, "first call, s": {"empty cache": 9.02, "filled cache": 1.25}}))
+    assert cells(docs.fill(block("cold h100"), results)) == [["empty cache", "9.02 s"], ["filled cache", "1.25 s"]]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("songs", "expected figures named bars, errors, gain, suite, got 'songs'"),
+        ("songs", "expected figures named bars, errors, gain, cold, suite, got 'songs'"),
         ("bars a100", r"a100/bars\.json"),
         ("gain h100 calls", r"gain\.json"),
         ("suite h100", "expected a run of suite full in"),
