@@ -117,6 +117,14 @@ def _cold(results: Path, folder: str) -> str:
     return f"{_origin(stored)}\n\n{_table(rows, ('', 'first call'))}"
 
 
+def _written_down(results: Path, name: str) -> str:
+    """What a profiler said or an experiment gave, as it was written down then: ``table FOLDER/NAME``."""
+    stored = _stored(results / f"{name}.json")
+    lines = (stored["header"], *stored["rows"])
+    header, *rows = (f"| {' | '.join(cells)} |" for cells in lines)  # not padded, for cells may be sentences
+    return "\n".join((stored["origin"], "", header, f"|{'---|' * len(stored['header'])}", *rows))
+
+
 def _suite(results: Path, argument: str) -> str:
     """Cases of the newest full run of a card: ``suite FOLDER TEXT``, those with TEXT in their names."""
     folder, _, select = argument.partition(" ")
@@ -133,5 +141,5 @@ def _suite(results: Path, argument: str) -> str:
 
 
 _TABLES: dict[str, Callable[[Path, str], str]] = {
-    "bars": _bars, "errors": _errors, "gain": _gain, "cold": _cold, "suite": _suite,
+    "bars": _bars, "errors": _errors, "gain": _gain, "cold": _cold, "suite": _suite, "table": _written_down,
 }  # fmt: skip

@@ -61,6 +61,13 @@ def test_figures_of_a_run(results: Path) -> None:
     assert [row[0] for row in cells(filled)] == ["chunk_gka forward 7B T8192 [gka]"]
 
 
+def test_what_was_written_down(results: Path) -> None:
+    stored = {"origin": "ncu, commit abc.", "header": ["kernel", "pipes"], "rows": [["a", "71 %"], ["b", "0.50"]]}
+    (results / "h100" / "counters.json").write_text(json.dumps(stored))
+    filled = docs.fill(block("table h100/counters"), results)
+    assert "ncu, commit abc." in filled and cells(filled) == stored["rows"]
+
+
 def test_gains(results: Path) -> None:
     rows = [
         {"what": name, "unit": "µs", "heuristic": 2.0 * r, "tuned": 2.0, "ratio": r}
@@ -84,7 +91,7 @@ def test_gains(results: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("songs", "expected figures named bars, errors, gain, cold, suite, got 'songs'"),
+        ("songs", "expected figures named bars, errors, gain, cold, suite, table, got 'songs'"),
         ("bars a100", r"a100/bars\.json"),
         ("gain h100 calls", r"gain\.json"),
         ("suite h100", "expected a run of suite full in"),
