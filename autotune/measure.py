@@ -1,14 +1,15 @@
 """Runs candidates on a card: the bench of ``tuner``. It belongs into a process of its own, whose launches it changes.
 
-An operator is run with the candidate forced. Of its launches, the one in question is picked: it is compiled only, or
-repeated with the same arguments and timed.
+An operator is run with the candidate forced. Of its launches, those of the kernel in question are picked: they are
+compiled only, or repeated with the same arguments and timed. A call may launch a kernel several times, for different
+ends (the scan of a backward: of U, then of H), and a candidate that suits one of them may not suit the others.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +32,6 @@ _LEAST_ERROR = 1e-6
 _VANISHING = 1e-30  # the square of a result's size: without a solve α has no gradient
 _WARM_UP, _SAMPLES, _REPEATS = 3, 5, 10
 _AHEAD = 2_000_000  # cycles that the card waits, so that the host has queued the launches when they begin
-
-
-class _Enough(Exception):  # noqa: N818  (no error: what was wanted is there)
-    """The launch that was waited for has come."""
 
 
 class Bench:
@@ -97,30 +94,45 @@ class Bench:
         return f"wrong: {'; '.join(wrong)}" if wrong else None
 
     def time(self, key: Key, parameters: Parameters) -> float:
+        """Microseconds of a launch, as the mean of all of a call. Those that are alike are measured once."""
         if self._timed != _problem(key):
             self._timed, self._inputs = _problem(key), {}  # the old ones are let go before the new ones come
             self._inputs = _inputs(key, self._device, small=False)
-        samples: list[float] = []
+        found: dict[Hashable, float] = {}
+        times: list[float] = []
 
         def timed(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
-            for _ in range(_WARM_UP):
-                kernel[grid](**arguments)
-            for _ in range(_SAMPLES):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(_AHEAD)
-                start.record()
-                for _ in range(_REPEATS):
-                    kernel[grid](**arguments)
-                end.record()
-                end.synchronize()
-                samples.append(1e3 * start.elapsed_time(end) / _REPEATS)
-            raise _Enough
+            kind = grid, _kind(arguments)
+            if kind not in found:
+                found[kind] = _microseconds(kernel, grid, arguments)
+            times.append(found[kind])
 
-        with suppress(_Enough), choice.override(key.kernel, **parameters), _watched(key, timed):
+        with choice.override(key.kernel, **parameters), _watched(key, timed):
             _results(key, self._inputs, "triton")
-        if not samples:
+        if not times:
             raise RuntimeError(f"{key} is not launched by such a call")
-        return statistics.median(samples)
+        return statistics.mean(times)
+
+
+def _kind(arguments: dict[str, Any]) -> Hashable:
+    """What makes launches of a kernel alike: which operands there are, and which switches are on."""
+    return frozenset((name, isinstance(value, Tensor), value is True) for name, value in arguments.items())
+
+
+def _microseconds(kernel: Any, grid: Any, arguments: dict[str, Any]) -> float:
+    for _ in range(_WARM_UP):
+        kernel[grid](**arguments)
+    samples: list[float] = []
+    for _ in range(_SAMPLES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_AHEAD)
+        start.record()
+        for _ in range(_REPEATS):
+            kernel[grid](**arguments)
+        end.record()
+        end.synchronize()
+        samples.append(1e3 * start.elapsed_time(end) / _REPEATS)
+    return statistics.median(samples)
 
 
 @contextmanager

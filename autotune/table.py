@@ -45,7 +45,8 @@ class Entry:
 
     Attributes:
         parameters: a value for each of the kernel's parameters.
-        microseconds: what a launch took; ``heuristic_microseconds``: with what would run without the table.
+        microseconds: what a launch took, as the mean of a call's; ``heuristic_microseconds``: with what would run
+            without the table.
         candidates: how many were timed.
         triton: its version.
         fingerprint: of the kernel and its space, then.

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Literal
 
 from gka_ops_perf import cpu, measure, providers, timing
-from gka_ops_perf.cases import GKA, VANILLA, Case, cases, groups
+from gka_ops_perf.cases import FLASH_LINEAR, GKA, VANILLA, Case, cases, groups
 from gka_ops_perf.estimates import estimate
 from gka_ops_perf.machine import machine
 from gka_ops_perf.records import Measurement, Record, Run
@@ -49,10 +49,17 @@ def run(suite: SuiteName, select: str = "", commit: str | None = None, progress:
 def _on_card(suite: Literal["quick", "full"], select: str, progress: Progress) -> Iterator[Measurement]:
     chosen = cases(suite, select)
     compile_ahead(chosen, progress)
-    timer, done = timing.Timer(), 0
+    timer, done, interrupted = timing.Timer(), 0, False
     for name, group in groups(chosen).items():
         progress(name, done, len(chosen))
-        yield from measure.measure(group, timer)
+        if not interrupted:
+            try:
+                found = measure.measure(group, timer)
+            except KeyboardInterrupt:  # what is measured is kept
+                interrupted = True
+        if interrupted:
+            found = [measure.failure(case, RuntimeError("interrupted")) for case in group]
+        yield from found
         done += len(group)
     progress("", done, len(chosen))
 
@@ -63,7 +70,7 @@ def compile_ahead(chosen: Sequence[Case], progress: Progress) -> None:
     What fails here fails again where it is measured, and is reported there. Left out is what would need too much of the
     card's memory beside others, and what only calls libraries.
     """
-    compiled = [c for c in chosen if c.provider in (GKA, VANILLA, "flex_attention") and c.op != "model"]
+    compiled = [c for c in chosen if c.provider in (GKA, VANILLA, "flex_attention", *FLASH_LINEAR) and c.op != "model"]
     compiled = [c for c in compiled if c.shape.T <= LONGEST_AHEAD and c.shape.B <= LARGEST_AHEAD]
     workers = min(AHEAD, len(compiled), os.cpu_count() or 1)
     if workers < 2:

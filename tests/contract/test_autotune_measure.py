@@ -56,6 +56,28 @@ def test_a_backward_is_cut_as_that_of_all_tokens_is(bench: Any) -> None:
         assert len(bench._launches(key, choice.heuristic(key, H100))) == launches
 
 
+def test_the_time_is_the_mean_of_all_launches_of_a_call(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scans of H and of U differ; those of slabs are alike, and measured once."""
+    from gka_ops.autotune import measure
+    from gka_ops.triton import slabs
+
+    measured = []
+
+    def microseconds(kernel: Any, grid: Any, arguments: dict[str, Any]) -> float:
+        measured.append(arguments["SYMMETRIC"])
+        return 10.0 if arguments["SYMMETRIC"] else 1.0
+
+    monkeypatch.setattr(measure, "_microseconds", microseconds)
+    key = space.KERNELS["backward_scan"].key(SMALL._replace(when="backward", T=256))
+    parameters = choice.heuristic(key, H100)
+    assert bench.time(key, parameters) == 5.5 and sorted(measured) == [False, True]
+    monkeypatch.setattr(slabs, "PROGRAMS", 1)
+    monkeypatch.setattr(slabs, "LEAST_CHUNKS", 1)
+    measured.clear()
+    assert bench.time(key, parameters) == 5.5  # of four slabs
+    assert sorted(measured) == [False, True]
+
+
 def test_a_candidate_that_is_right(bench: Any) -> None:
     key = space.KERNELS["readout"].key(SMALL)
     parameters = choice.heuristic(key, H100)

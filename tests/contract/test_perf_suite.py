@@ -16,6 +16,7 @@ from gka_ops_perf.cases import GKA, VANILLA, Case
 from gka_ops_perf.costs import Cost, Shape
 from gka_ops_perf.measure import EAGER, KERNEL, InaccurateError
 from gka_ops_perf.providers import Job, UnavailableError
+from gka_ops_perf.records import Estimate, Measurement
 from gka_ops_perf.timing import Clocks, Prepared, UnstableError
 
 ONE = Shape(B=1, T=1, H=1, Hkv=1, D=128, V=128)
@@ -255,6 +256,22 @@ def test_pytest_benchmark_gets_kernel_times(monkeypatch: pytest.MonkeyPatch) -> 
     assert clock() - before == pytest.approx(1e-4)
     clock.run(Prepared(lambda: next(times), lambda: None, True))
     assert clock() - before == pytest.approx(3e-4) and clock() == clock()
+
+
+def test_what_is_measured_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(group: list[Case], timer: Any) -> list[Measurement]:
+        if group[0].shape.B == 2:
+            raise KeyboardInterrupt
+        return [Measurement(c.name, c.group, c.provider, "measured", figures={KERNEL: Estimate(1, 1, 1, 1)}) for c in group]
+
+    chosen = [Case("recurrent_gka", "decode", "7B", ONE._replace(B=B), GKA) for B in (1, 2, 3)]
+    monkeypatch.setattr(suites, "cases", lambda suite, select: chosen)
+    monkeypatch.setattr(suites, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(timing, "Timer", FakeTimer)
+    monkeypatch.setattr(measure, "measure", interrupted)
+    found = list(suites._on_card("full", "", lambda *_: None))
+    assert [m.status for m in found] == ["measured", "failed", "failed"]
+    assert found[2].reason == "RuntimeError: interrupted" and found[2].case == chosen[2].name
 
 
 def test_compiling_ahead_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
