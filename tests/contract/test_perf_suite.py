@@ -262,7 +262,9 @@ def test_what_is_measured_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch)
     def interrupted(group: list[Case], timer: Any) -> list[Measurement]:
         if group[0].shape.B == 2:
             raise KeyboardInterrupt
-        return [Measurement(c.name, c.group, c.provider, "measured", figures={KERNEL: Estimate(1, 1, 1, 1)}) for c in group]
+        return [
+            Measurement(c.name, c.group, c.provider, "measured", figures={KERNEL: Estimate(1, 1, 1, 1)}) for c in group
+        ]
 
     chosen = [Case("recurrent_gka", "decode", "7B", ONE._replace(B=B), GKA) for B in (1, 2, 3)]
     monkeypatch.setattr(suites, "cases", lambda suite, select: chosen)
