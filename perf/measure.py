@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,17 +100,18 @@ def _samples(ready: dict[Case, Prepared], timer: Timer) -> dict[Case, dict[str, 
     first = {case: timer.kernel(prepared) for case, prepared in ready.items()}
     rounds = timing.rounds_for(max(first.values()))
     names = {case.name: case for case in ready}
+    kernels = {
+        case.name: functools.partial(timer.kernel, prepared, timing.replays_for(first[case], rounds))
+        for case, prepared in ready.items()
+    }
+    eagers = {case.name: functools.partial(timer.eager, prepared) for case, prepared in ready.items()}
     for attempt in range(ATTEMPTS):
-        kernel = timing.in_turns(_measures(timer.kernel, ready), rounds)
+        kernel = timing.in_turns(kernels, rounds)
         if attempt == ATTEMPTS - 1 or all(spread(values) <= timing.MAX_SPREAD for values in kernel.values()):
             break
-    eager = timing.in_turns(_measures(timer.eager, ready), max(timing.ROUNDS.start, rounds // 2))
+    eager = timing.in_turns(eagers, max(timing.ROUNDS.start, rounds // 2))
     timing.check_clocks(timing.clocks())
     return {case: {KERNEL: kernel[name], EAGER: eager[name]} for name, case in names.items()}
-
-
-def _measures(take: Callable[[Prepared], float], ready: dict[Case, Prepared]) -> dict[str, Callable[[], float]]:
-    return {case.name: functools.partial(take, prepared) for case, prepared in ready.items()}
 
 
 def forget() -> None:

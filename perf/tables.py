@@ -49,7 +49,7 @@ def floor_milliseconds(measurement: Measurement, record: Record) -> float | None
     if not measurement.flops or not measurement.bytes or not speeds:
         return None
     arithmetic = measurement.flops / (speeds["bf16 product TFLOP/s"] * 1e12)
-    memory = measurement.bytes / (speeds["copy GB/s"] * 1e9)
+    memory = measurement.bytes / (max(speeds["copy GB/s"], speeds["read GB/s"]) * 1e9)
     return max(arithmetic, memory) * 1e3
 
 

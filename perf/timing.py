@@ -8,6 +8,9 @@ pytest-benchmark, as its timer.
 
 from __future__ import annotations
 
+import functools
+import math
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +73,11 @@ class Timer:
         self._flush = torch.empty(max(size, 1 << 26), dtype=torch.int8, device="cuda")
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def kernel(self, prepared: Prepared) -> float:
+    def kernel(self, prepared: Prepared, replays: int = 1) -> float:
+        """The median of so many replays."""
+        return statistics.median(self._kernel(prepared) for _ in range(replays))
+
+    def _kernel(self, prepared: Prepared) -> float:
         self._flush.zero_()
         torch.cuda._sleep(_SLEEP_CYCLES)
         self._start.record()
@@ -91,6 +98,14 @@ def rounds_for(milliseconds: float) -> int:
     """As many as fit into ``SECONDS``, within ``ROUNDS``."""
     wanted = int(SECONDS * 1e3 / max(milliseconds, 1e-3))
     return min(max(wanted, ROUNDS.start), ROUNDS.stop - 1)
+
+
+def replays_for(milliseconds: float, rounds: int) -> int:
+    """How many replays make one sample of a call that has ``rounds`` rounds, because of a slower one beside it.
+
+    What ran before, and how it left the card's clocks, is then only felt by the first of them.
+    """
+    return math.ceil(rounds_for(milliseconds) / rounds)
 
 
 def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -164,17 +179,21 @@ def check_clocks(found: Clocks | None) -> None:
 
 
 def reference_speeds() -> dict[str, float]:
-    """Fixed work on random data, to put machines side by side: a bf16 product and a copy, both beyond L2."""
+    """Fixed work on random data beyond L2, to put machines side by side: a bf16 product, a copy, and reading for a sum."""
     timer = Timer()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    product = prepare(lambda: torch.matmul(a, b, out=out))
-    copy = prepare(lambda: target.copy_(source))
-    samples = in_turns({"product": lambda: timer.kernel(product), "copy": lambda: timer.kernel(copy)}, 15)
+    work = {
+        "product": prepare(lambda: torch.matmul(a, b, out=out)),
+        "copy": prepare(lambda: target.copy_(source)),
+        "sum": prepare(source.sum),
+    }
+    samples = in_turns({name: functools.partial(timer.kernel, prepared) for name, prepared in work.items()}, 15)
     middle = {name: sorted(found)[len(found) // 2] for name, found in samples.items()}
     return {
         "bf16 product TFLOP/s": 2 * 8192**3 / middle["product"] * 1e-9,
         "copy GB/s": 2 * source.nbytes / middle["copy"] * 1e-6,
+        "read GB/s": source.nbytes / middle["sum"] * 1e-6,
     }

@@ -160,6 +160,12 @@ def test_rounds() -> None:
     assert timing.rounds_for(timing.SECONDS * 1e3 / 10) == 10
 
 
+def test_a_quick_call_beside_a_slow_one_is_replayed_more_often() -> None:
+    slow, quick = timing.ROUNDS.start, timing.ROUNDS.stop - 1
+    assert timing.replays_for(1e9, slow) == 1 and timing.replays_for(1.0, quick) == 1
+    assert timing.replays_for(1.0, slow) == -(-quick // slow)
+
+
 def test_samples_that_spread_are_refused() -> None:
     timing.check_spread([1.0, 1.01, 1.02], "a", 0.1)
     with pytest.raises(UnstableError, match="a: samples spread by 20% of their median, more than 10%"):
@@ -184,7 +190,7 @@ def test_the_card_s_state() -> None:
 class FakeTimer:
     """Takes the times, in ms, that a call returns."""
 
-    def kernel(self, prepared: Prepared) -> float:
+    def kernel(self, prepared: Prepared, replays: int = 1) -> float:
         return float(prepared.replay())
 
     def eager(self, prepared: Prepared) -> float:
@@ -285,6 +291,15 @@ def test_compiling_ahead_survives_what_fails(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [("compiling", 0, 2), ("compiling", 1, 2)]
     suites.compile_ahead(chosen[:1], lambda *told: seen.append(told))
     assert len(seen) == 2
+
+
+def test_what_runs_the_same_code_is_compiled_once() -> None:
+    long = ONE._replace(T=4 * ONE.T)
+    assert len({suites._code(Case("chunk_gka", "forward", "7B", shape, GKA)) for shape in (ONE, long)}) == 1
+    assert (
+        len({suites._code(Case("chunk_gka", "forward", "7B", shape, "flex_attention")) for shape in (ONE, long)}) == 2
+    )
+    assert len({suites._code(case) for case in cases.cases()}) < len(cases.cases()) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------- the CPU

@@ -56,7 +56,7 @@ def test_the_card_says_how_it_is() -> None:
     state = timing.clocks()
     assert state is not None and state.sm_mhz > 100 and 10 < state.celsius < 110
     speeds = timing.reference_speeds()
-    assert speeds["bf16 product TFLOP/s"] > 1 and speeds["copy GB/s"] > 10
+    assert speeds["bf16 product TFLOP/s"] > 1 and speeds["copy GB/s"] > 10 and speeds["read GB/s"] > 10
 
 
 def test_trace(tmp_path: Path) -> None:

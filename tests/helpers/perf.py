@@ -11,7 +11,7 @@ from gka_ops_perf.estimates import estimate
 from gka_ops_perf.measure import EAGER, KERNEL
 from gka_ops_perf.records import Machine, Measurement, Record, Run
 
-SPEEDS = {"bf16 product TFLOP/s": 750.0, "copy GB/s": 3000.0}
+SPEEDS = {"bf16 product TFLOP/s": 750.0, "copy GB/s": 2500.0, "read GB/s": 3000.0}
 
 
 def machine(commit: str = "abc1234", date: str = "2026-01-02T03:04:05+00:00", gpu: str = "NVIDIA H100") -> Machine:
