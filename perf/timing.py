@@ -179,7 +179,7 @@ def check_clocks(found: Clocks | None) -> None:
 
 
 def reference_speeds() -> dict[str, float]:
-    """Fixed work on random data beyond L2, to put machines side by side: a bf16 product, a copy, and reading for a sum."""
+    """Fixed work on random data beyond L2, to put machines side by side: a bf16 product, a copy, and reading."""
     timer = Timer()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

@@ -66,8 +66,8 @@ def _hot(profiler: profile, on_card: bool) -> list[Hot]:
     rows = []
     for event in profiler.key_averages():
         own = event.self_device_time_total if on_card else event.self_cpu_time_total
-        is_kernel = str(event.device_type).endswith("CUDA") if on_card else event.key != "training step"
-        if is_kernel and own > 0 and event.key != "training step":
+        is_kernel = str(event.device_type).endswith("CUDA") or not on_card
+        if is_kernel and own > 0 and not event.is_user_annotation and event.key != "training step":
             rows.append((event.key, own / 1e3 / STEPS, event.count / STEPS))
     total = sum(time for _, time, _ in rows)
     return sorted((Hot(key, time, time / total, calls) for key, time, calls in rows), key=lambda hot: -hot.milliseconds)
