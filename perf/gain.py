@@ -165,7 +165,7 @@ def main() -> int:
     show("Calls", gains["calls"])
     show("Host time", gains["host"])
     show("Kernels, as they were tuned", of_kernels)
-    stored: dict[str, Any] = {**bars.environment(arguments.commit), "tables": [str(path) for path, _ in tables]}
+    stored: dict[str, Any] = {**bars.environment(arguments.commit), "tables": [path.name for path, _ in tables]}
     stored |= {name: report(found) for name, found in (*gains.items(), ("kernels", of_kernels))}
     if arguments.cold:
         stored["first call, s"] = cold = cold_start()
