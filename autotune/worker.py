@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 
 class WorkerError(Exception):
@@ -34,6 +38,7 @@ class Worker:
         self._context: Any = multiprocessing.get_context(method)
         self._process: Any = None
         self._pipe: Any = None
+        self._last_words: Any = None
 
     def call(self, method: str, *arguments: Any, seconds: float) -> Any:
         """The method's result. Raises :class:`WorkerError` where it raises, crashes or takes longer."""
@@ -50,7 +55,9 @@ class Worker:
         if self._process is not None:
             return
         self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs, self._make), daemon=True)
+        self._last_words = tempfile.NamedTemporaryFile("r", prefix="gka-autotune-", errors="replace")  # noqa: SIM115  (until the process ends)
+        arguments = theirs, self._make, self._last_words.name
+        self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -60,12 +67,13 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, whatever it is doing. Another thread's call fails then."""
-        process, pipe = self._process, self._pipe
-        self._process = self._pipe = None  # first: the other thread closes too, once its process is gone
+        process, pipe, last_words = self._process, self._pipe, self._last_words
+        self._process = self._pipe = self._last_words = None  # first: the other thread closes too, once it is gone
         if process is not None:
             process.kill()
             process.join()
             pipe.close()
+            last_words.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -74,7 +82,7 @@ class Worker:
         self.close()
 
     def _answer(self, seconds: float, late: str) -> Any:
-        process, pipe = self._process, self._pipe
+        process, pipe, last_words = self._process, self._pipe, self._last_words
         if not pipe.poll(seconds):
             self.close()
             raise WorkerError(f"{late}: no answer within {seconds:.0f} s")
@@ -82,9 +90,9 @@ class Worker:
             succeeded, value = pipe.recv()
         except (EOFError, OSError):
             process.join()
-            code = process.exitcode
+            how = f"crashed: {_signal(process.exitcode)}{_place(last_words)}"
             self.close()
-            raise WorkerError(f"crashed: {_signal(code)}") from None
+            raise WorkerError(how) from None
         if not succeeded:
             self.close()
             raise WorkerError(f"failed: {value}")
@@ -98,7 +106,18 @@ def _signal(code: int) -> str:
         return f"signal {-code}"
 
 
-def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
+def _place(last_words: IO[str]) -> str:
+    """Where Python was in the thread that crashed, as far as ``faulthandler`` could tell."""
+    try:
+        _, _, stack = last_words.read().partition("Current thread")
+    except ValueError:  # closed by another thread
+        return ""
+    frame = re.search(r'File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>\S+)', stack.partition("\n\n")[0])
+    return f" in {frame['function']} ({Path(frame['file']).name}:{frame['line']})" if frame else ""
+
+
+def _serve(pipe: Connection, make: Callable[[], Any], last_words: str) -> None:
+    faulthandler.enable(open(last_words, "w"))  # noqa: SIM115  (for as long as the process lives)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Triton prints whole kernels that do not compile
     try:
         target = make()
