@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_the_documentation_says_what_is_stored() -> None:
     for path, (now, wanted) in docs.files().items():
         assert now == wanted, f"{path} is stale: run gka-perf docs"
     assert any("<!-- figures: bars" in now for now, _ in docs.files().values())
+
+
+def test_no_figure_is_written_by_hand() -> None:
+    """Outside of blocks there is no time, share, rate or size; code blocks show what commands print."""
+    for path, (text, _) in docs.files().items():
+        prose = re.sub(r"<!-- figures: .*?<!-- end of figures -->|```.*?```", "", text, flags=re.S)
+        found = re.findall(r"[^\n]*\d\s?(?:ms|µs|s|%|×|MiB|GiB|GB/s|TB/s|TFLOP/s)(?!\w)[^\n]*", prose)
+        assert not found, f"{path}: expected figures in a block of stored ones, got {found[0]!r}"
 
 
 def test_figures_are_filled_in(results: Path) -> None:
