@@ -23,6 +23,9 @@ more applications shrink the guaranteed factor of the adjoint solve by 3.1.
 NORM_EPS: float = 1e-6
 """ε of the ℓ2 normalisation: k̂ = k / max(‖k‖, ε) (MATH.md §1)."""
 
+BETA_EPS: float = 1e-6
+"""The layer weighs tokens by β = sigmoid(·) + ε, as the published one does: no token is dropped altogether."""
+
 FRO_MIN: float = 2.0**-40
 """F_min of MATH.md §2: a row with ‖H_t‖_F + λ_t at or below it is dead (x_t = 0, no gradient)."""
 

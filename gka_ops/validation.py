@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka_ops.numerics import iterations_for
+from gka_ops.numerics import BETA_EPS, iterations_for
 from gka_ops.types import IMPLS, DecayGate, GKAState, Ridge
 
 DEBUG_VARIABLE = "GKA_OPS_DEBUG"
@@ -332,10 +332,10 @@ def check_values(op: str, tensors: dict[str, Tensor], cu_seqlens: Tensor | None,
     log_decay = tensors.get("log_decay")
     if log_decay is not None and tensors.get("A_log") is None:
         _fail_if(log_decay > 0, f"{op}: expected log_decay <= 0 (natural logarithm of a decay), got a positive value")
-    for name in ("alpha", "beta"):
+    for name, excess in (("alpha", 0.0), ("beta", BETA_EPS)):
         gate = tensors.get(name)
         if gate is not None:
-            _fail_if((gate < 0) | (gate > 1), f"{op}: expected {name} in [0, 1], got a value outside")
+            _fail_if((gate < 0) | (gate > 1 + excess), f"{op}: expected {name} in [0, 1], got a value outside")
     for name in ("ridge_scale_tensor", "ridge_offset_tensor"):
         part = tensors.get(name)
         if part is not None:

@@ -79,8 +79,8 @@ def operator_errors(model: ByteLM, tokens: Tensor, preset: Preset) -> list[Opera
     """
     rows = []
     for index, (mixer, operands) in enumerate(zip(model.mixers, layer_operands(model, tokens, preset), strict=True)):
-        q, k, v, log_decay, alpha, beta = operands
-        num_iter, tol, ridge, gate = mixer.num_iter, mixer.tol, mixer.ridge, mixer.gate
+        q, k, v, log_decay, alpha, beta, ridge = operands
+        num_iter, tol, gate = mixer.num_iter, mixer.tol, mixer.gate
         x, _ = chunk_solve(q, k, log_decay, beta, ridge=ridge, num_iter=num_iter, tol=tol, gate=gate, qk_l2norm=True)
         output, _ = chunk_gka(
             q, k, v, log_decay, alpha, beta, ridge=ridge, num_iter=num_iter, tol=tol, gate=gate, qk_l2norm=True

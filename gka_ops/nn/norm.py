@@ -1,4 +1,4 @@
-"""The gated normalisation behind the operator."""
+"""The normalisation behind the operator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm over the last dimension times a SiLU gate: x / sqrt(mean(x²) + eps) · weight · SiLU(gate), in fp32.
+    """RMSNorm over the last dimension, times a SiLU gate where there is one: x / sqrt(mean(x²) + eps) · weight ·
+    SiLU(gate), in fp32.
 
     Attributes:
         weight: [size].
@@ -30,12 +31,14 @@ class GatedRMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """``x`` and ``gate`` [..., size]; returns the shape and dtype of ``x``."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype)
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normalised * self.weight.to(dtype) * F.silu(gate.to(dtype))).to(x.dtype)
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(dtype)
+        if gate is not None:
+            y = y * F.silu(gate.to(dtype))
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}"

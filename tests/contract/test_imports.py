@@ -51,7 +51,7 @@ RULES = (
     Rule(
         "gka_ops.nn*",
         ours=("gka_ops.api", "gka_ops.types", "gka_ops.validation", "gka_ops.nn.*", NUMERICS),
-        third_party=TORCH,
+        third_party=("torch", "causal_conv1d"),
     ),
     Rule(
         "gka_ops.distributed*",
