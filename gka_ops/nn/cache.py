@@ -39,8 +39,9 @@ class GatedKalmaNetCache(NamedTuple):
 
     def reset(self, slots: Tensor) -> None:
         """Puts ``slots`` at the start of a sequence: int32 or int64 [M], negative entries are ignored."""
+        targets = Slots.of(slots)
         for buffer in self.buffers:
-            write_slots(buffer, buffer.new_zeros(()).expand(slots.shape[0], *buffer.shape[1:]), slots)
+            write_slots(buffer, buffer.new_zeros(()).expand(slots.shape[0], *buffer.shape[1:]), targets)
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         """Copies slots ``source`` to slots ``target``, as if all were read before any is written.
@@ -51,28 +52,48 @@ class GatedKalmaNetCache(NamedTuple):
             source: int32 or int64 [M].
             target: like ``source``, without repetition. Where either is negative, nothing is copied.
         """
-        target = torch.where(source >= 0, target, -1)
+        sources, targets = Slots.of(source), Slots.of(torch.where(source >= 0, target, -1))
         for buffer in self.buffers:
-            write_slots(buffer, read_slots(buffer, source), target)
+            write_slots(buffer, read_slots(buffer, sources), targets)
 
 
-def read_slots(buffer: Tensor, slots: Tensor | None) -> Tensor:
-    """Rows ``slots`` [M] of ``buffer`` [S, ...], any row where it is negative; ``buffer`` itself for ``None``."""
-    return buffer if slots is None else buffer.index_select(0, slots.clamp(min=0))
+class Slots(NamedTuple):
+    """Slots of M sequences, some of which may be padding, as indices that are safe to read and to write.
 
+    Leaving entries out would need their number on the host. So padding reads slot 0, and repeats the write of the first
+    entry that is not padding: the same values to the same place. Where all is padding, slot 0 is given what it holds.
 
-def write_slots(buffer: Tensor, rows: Tensor, slots: Tensor | None) -> None:
-    """Writes ``rows`` [M, ...] to ``slots`` [M] of ``buffer`` [S, ...] in place, but for negative ones; to all rows for
-    ``None``.
-
-    Leaving entries out would need their number on the host. So a negative entry repeats the write of the first other
-    one, which is the same value to the same place; where there is no other, slot 0 is given what it holds.
+    Attributes:
+        read: [M], a slot to read for each sequence.
+        writer: [M], the sequence whose row is written for each.
+        write: [M], int64, the slot of ``writer``.
+        used: [], whether any sequence is not padding.
     """
+
+    read: Tensor
+    writer: Tensor
+    write: Tensor
+    used: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor) -> Slots:
+        """From slots [M], int32 or int64, negative for padding."""
+        real, read = indices >= 0, indices.clamp(min=0)
+        if indices.shape[0] == 0:
+            return cls(read, read, read.long(), real.any())
+        writer = torch.where(real, torch.arange(indices.shape[0], device=indices.device), real.int().argmax())
+        return cls(read, writer, read[writer].long(), real.any())
+
+
+def read_slots(buffer: Tensor, slots: Slots | None) -> Tensor:
+    """[M, ...]: rows of ``buffer`` [S, ...]; ``buffer`` itself for ``None``."""
+    return buffer if slots is None else buffer.index_select(0, slots.read)
+
+
+def write_slots(buffer: Tensor, rows: Tensor, slots: Slots | None) -> None:
+    """Writes ``rows`` [M, ...] to their slots of ``buffer`` [S, ...] in place; to all of it for ``None``."""
     if slots is None:
         buffer.copy_(rows)
-    elif buffer.numel() > 0 and rows.shape[0] > 0:
-        used = slots >= 0
-        entry = torch.where(used, torch.arange(len(slots), device=slots.device), used.int().argmax())
-        index = slots[entry].clamp(min=0).long()
-        values = torch.where(used.any(), rows[entry].to(buffer.dtype), buffer[:1])
-        buffer.index_copy_(0, index, values)
+    elif buffer.numel() > 0:
+        rows = torch.where(slots.used, rows[slots.writer].to(buffer.dtype), buffer[:1])
+        buffer.index_copy_(0, slots.write, rows)

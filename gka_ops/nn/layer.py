@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gka_ops.api import chunk_gka, recurrent_gka
-from gka_ops.nn.cache import BUFFERS, GatedKalmaNetCache, read_slots, write_slots
+from gka_ops.nn.cache import BUFFERS, GatedKalmaNetCache, Slots, read_slots, write_slots
 from gka_ops.nn.conv import Packing, ShortConvolution, next_tail
 from gka_ops.nn.norm import GatedRMSNorm
 from gka_ops.numerics import BETA_EPS, DEFAULT_RIDGE, DEFAULT_TOL
@@ -341,17 +341,18 @@ class GatedKalmaNet(nn.Module):
         if cache is None:
             operands = self._operands(x, projections, (None, None, None), packing)
             return self._read_out(self._chunk(operands, None, False, cu_seqlens)[0], x)
-        tails = _tails(cache, state_indices)
+        slots = None if state_indices is None else Slots.of(state_indices)
+        tails = _tails(cache, slots)
         operands = self._operands(x, projections, tails, packing)
         if packing is None and x.shape[1] == 1:
             o = self._recurrent(operands, cache, state_indices, self.num_iter)
         else:
-            o, final_state = self._chunk(operands, _state(cache, state_indices), True, cu_seqlens)
+            o, final_state = self._chunk(operands, _state(cache, slots), True, cu_seqlens)
             assert final_state is not None  # asked for
             for part, final in zip(cache.state, final_state, strict=True):
-                write_slots(part, final, state_indices)
+                write_slots(part, final, slots)
         starts, lengths = (None, None) if packing is None else packing[:2]
-        _advance_tails(cache, tails, projections, state_indices, starts, lengths)
+        _advance_tails(cache, tails, projections, slots, starts, lengths)
         return _without_padding(self._read_out(o, x), state_indices, packing)
 
     def _recurrent(
@@ -392,8 +393,9 @@ class GatedKalmaNet(nn.Module):
         """
         self._check(x, cache, None, state_indices)
         projections = self._project(x)
-        operands = self._operands(x, projections, _tails(cache, state_indices), None)
-        o, _ = self._chunk(operands, _state(cache, state_indices), False, None)
+        slots = None if state_indices is None else Slots.of(state_indices)
+        operands = self._operands(x, projections, _tails(cache, slots), None)
+        o, _ = self._chunk(operands, _state(cache, slots), False, None)
         y = _without_padding(self._read_out(o, x), state_indices, None)
         return y, DraftTokens(projections, operands)
 
@@ -432,8 +434,8 @@ class GatedKalmaNet(nn.Module):
         operands = draft.operands._replace(log_decay=log_decay, beta=beta)
         self._recurrent(operands, cache, state_indices, 0)
         starts = torch.arange(B, device=num_accepted.device) * T
-        tails = _tails(cache, state_indices)
-        _advance_tails(cache, tails, draft.projections, state_indices, starts, num_accepted)
+        slots = None if state_indices is None else Slots.of(state_indices)
+        _advance_tails(cache, _tails(cache, slots), draft.projections, slots, starts, num_accepted)
 
     def _check(
         self,
@@ -476,12 +478,12 @@ class GatedKalmaNet(nn.Module):
         )
 
 
-def _tails(cache: GatedKalmaNetCache, slots: Tensor | None) -> Tails:
+def _tails(cache: GatedKalmaNetCache, slots: Slots | None) -> Tails:
     q_tail, k_tail, v_tail = (read_slots(tail, slots) for tail in cache[:3])
     return q_tail, k_tail, v_tail
 
 
-def _state(cache: GatedKalmaNetCache, slots: Tensor | None) -> GKAState:
+def _state(cache: GatedKalmaNetCache, slots: Slots | None) -> GKAState:
     return GKAState(*(read_slots(part, slots) for part in cache.state))
 
 
@@ -489,7 +491,7 @@ def _advance_tails(
     cache: GatedKalmaNetCache,
     tails: Tails,
     projections: Projections,
-    slots: Tensor | None,
+    slots: Slots | None,
     starts: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
@@ -497,12 +499,13 @@ def _advance_tails(
         write_slots(buffer, next_tail(tail, y, starts, lengths), slots)
 
 
-def _without_padding(y: Tensor, slots: Tensor | None, packing: Packing | None) -> Tensor:
+def _without_padding(y: Tensor, state_indices: Tensor | None, packing: Packing | None) -> Tensor:
     """``y`` [B, T, hidden] with zeros for the tokens of sequences whose slot is negative."""
-    if slots is None:
+    if state_indices is None:
         return y
-    padding = (slots < 0)[:, None] if packing is None else (slots < 0)[packing.sequence][None]
-    return y.masked_fill(padding[..., None], 0)
+    padding = state_indices < 0
+    padding = padding[:, None, None] if packing is None else padding[packing.sequence][:, None]
+    return y.masked_fill(padding, 0)
 
 
 def _check_indices(name: str, indices: Tensor, count: int, x: Tensor) -> None:

@@ -193,7 +193,7 @@ def test_whole_model_trains_compiled() -> None:
     assert not counters["graph_break"]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
     for (name, parameter), expected in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-        assert norm_error(parameter, expected) < 1e-4, name
+        assert norm_error(parameter.detach(), expected.detach()) < 1e-4, name
 
 
 @pytest.mark.slow

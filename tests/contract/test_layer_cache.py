@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from gka_ops.nn import GatedKalmaNet, GatedKalmaNetCache
 from tests.helpers.layers import KINDS, make_input, make_layer
@@ -291,9 +293,15 @@ CALLS: dict[str, tuple[Any, int, list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["grouped", "learned ridge", "nothing optional"])
-def test_compiles_into_one_graph_that_advances_the_pool_in_place(call: str, backend: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("grouped", "aot_eager"),
+        ("nothing optional", "aot_eager"),
+        pytest.param("learned ridge", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_into_one_graph_that_advances_the_pool_in_place(call: str, kind: str, backend: str) -> None:
     """Nothing in it depends on values: the compiled graph serves other slots, padding and counts without another."""
     run, T, more = CALLS[call]
     layer = make_layer(torch.float32, **KINDS[kind] | {"tol": 2e-3})
@@ -314,6 +322,20 @@ def test_compiles_into_one_graph_that_advances_the_pool_in_place(call: str, back
             assert max_error(buffer, other) < 1e-5
     assert counters["stats"]["unique_graphs"] == 1
     assert addresses == [buffer.data_ptr() for buffer in compiled_cache.buffers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_code_copies_no_pool(call: str) -> None:
+    """Slots are read and written where they lie: no buffer of the generated code is as long as the pool."""
+    run, T, more = CALLS[call]
+    layer, slots = make_layer(torch.float32, tol=2e-3), torch.tensor([30, -1, 0])
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True)
+    _, (code,) = run_and_get_code(compiled, layer, make_input(3, T, torch.float32), layer.init_cache(37), slots, *more)
+    leading = re.findall(r"empty_strided_cpu\(\((\d+),", code)
+    assert leading
+    assert "37" not in leading
 
 
 def test_compiled_decoding_advances_the_cache() -> None:
