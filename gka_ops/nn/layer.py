@@ -73,16 +73,16 @@ class GatedKalmaNet(nn.Module):
         g = −exp(A_log)·softplus(a_proj x + dt_bias),   α = sigmoid(alpha_proj x),   β = sigmoid(b_proj x) + 1e-6
         y = o_proj( RMSNorm(chunk_gka(q, k, v, g, α, β)) · o_norm.weight · SiLU(g_proj x) )
 
-    Parameters carry the names and shapes of the published checkpoints, which were trained with ``num_iter=30`` and the
-    other defaults. Everything between projection and normalisation runs in one operator, without a graph break and
-    without a compilation per sequence length.
+    Parameters carry the names and shapes of the published checkpoints, whose layers make 30 iterations: ``num_iter=30``.
+    Everything between projection and normalisation runs in one operator, without a graph break and without a
+    compilation per sequence length.
 
     There are H = max(query, key, value heads) states, gates and outputs; head h reads query head h // (H / Hq), and
     likewise keys and values. Fewer key/value heads than H cost nothing; other combinations repeat what is fewer.
 
     One difference to the published layer remains, below the resolution of 16-bit inputs: it divides q and k by ‖·‖ + ε,
     and the operator by max(‖·‖, ε), ε = 1e-6 (MATH.md §1), a relative difference of at most ε/‖·‖. That of q cancels in
-    the RMSNorm.
+    the RMSNorm, but for its own ε.
 
     Args:
         hidden_size: width of input and output.
@@ -473,8 +473,9 @@ class GatedKalmaNet(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.hidden_size}, head_dim={self.head_dim}, num_heads={self.num_heads}, "
-            f"num_kv_heads={self.num_kv_heads}, head_v_dim={self.head_v_dim}, conv_size={self.conv_size}, "
-            f"ridge={self.ridge}, num_iter={self.num_iter!r}"
+            f"num_kv_heads={self.num_kv_heads}, num_v_heads={self.num_v_heads}, head_v_dim={self.head_v_dim}, "
+            f"conv_size={self.conv_size}, ridge={self.ridge}, ridge_range={self.ridge_range}, "
+            f"num_iter={self.num_iter!r}"
         )
 
 
