@@ -14,7 +14,7 @@ from gka_ops.nn.conv import Packing, ShortConvolution, next_tail
 from gka_ops.nn.norm import GatedRMSNorm
 from gka_ops.numerics import BETA_EPS, DEFAULT_RIDGE, DEFAULT_TOL
 from gka_ops.types import DecayGate, GKAState, Impl, Ridge
-from gka_ops.validation import check_impl, resolve_num_iter
+from gka_ops.validation import check_impl, check_tensor, resolve_num_iter
 
 A_RANGE = (2.0**-10, 16.0)
 """Initial decay rates exp(A_log) are uniform in it: Mamba-2's (0, 16) kept away from log 0; per unit of time step."""
@@ -73,9 +73,9 @@ class GatedKalmaNet(nn.Module):
         g = −exp(A_log)·softplus(a_proj x + dt_bias),   α = sigmoid(alpha_proj x),   β = sigmoid(b_proj x) + 1e-6
         y = o_proj( RMSNorm(chunk_gka(q, k, v, g, α, β)) · o_norm.weight · SiLU(g_proj x) )
 
-    Parameters carry the names and shapes of the published checkpoints, whose layers make 30 iterations: ``num_iter=30``.
-    Everything between projection and normalisation runs in one operator, without a graph break and without a
-    compilation per sequence length.
+    Parameters carry the names and shapes of the published checkpoints, whose layers make 30 iterations
+    (``num_iter=30``). Everything between projection and normalisation runs in one operator, without a graph break and
+    without a compilation per sequence length.
 
     There are H = max(query, key, value heads) states, gates and outputs; head h reads query head h // (H / Hq), and
     likewise keys and values. Fewer key/value heads than H cost nothing; other combinations repeat what is fewer.
@@ -381,7 +381,7 @@ class GatedKalmaNet(nn.Module):
 
         Args:
             x: [B, T, hidden_size], T draft tokens of every sequence, a few. Where a sequence has fewer, fill up with
-                anything: nothing depends on a later token.
+                any finite ones: nothing depends on a later token.
             cache: the sequences that they would continue.
             state_indices: as in :meth:`forward`.
 
@@ -417,10 +417,12 @@ class GatedKalmaNet(nn.Module):
             state_indices: as in :meth:`forward`.
 
         Raises:
-            ValueError: ``num_accepted`` has another shape than documented.
+            ValueError: ``num_accepted`` has another shape or device than documented.
             TypeError: ``num_accepted`` has another dtype.
+            RuntimeError: gradients are enabled.
         """
         B, T = draft.operands.q.shape[:2]
+        _check_no_gradients()
         _check_indices("num_accepted", num_accepted, B, draft.operands.q)
         tokens = torch.arange(T, device=num_accepted.device)
         kept = (tokens < num_accepted[:, None])[..., None]  # [B, T, 1]
@@ -430,7 +432,7 @@ class GatedKalmaNet(nn.Module):
         if beta is None:
             beta = kept.to(cache.state.kk.dtype).expand(draft.operands.q.shape[:3])
         else:
-            beta = beta * kept
+            beta = beta.masked_fill(~kept, 0)
         operands = draft.operands._replace(log_decay=log_decay, beta=beta)
         self._recurrent(operands, cache, state_indices, 0)
         starts = torch.arange(B, device=num_accepted.device) * T
@@ -454,11 +456,7 @@ class GatedKalmaNet(nn.Module):
             if state_indices is not None:
                 raise ValueError("GatedKalmaNet: expected a cache with state_indices, got None")
             return
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "GatedKalmaNet: expected torch.no_grad() or torch.inference_mode() around a call with a cache, which "
-                "carries no gradient, got a call with gradients enabled"
-            )
+        _check_no_gradients()
         N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         slots = N
         if state_indices is not None:
@@ -509,7 +507,16 @@ def _without_padding(y: Tensor, state_indices: Tensor | None, packing: Packing |
     return y.masked_fill(padding, 0)
 
 
+def _check_no_gradients() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "GatedKalmaNet: expected torch.no_grad() or torch.inference_mode() around a call with a cache, which "
+            "carries no gradient, got a call with gradients enabled"
+        )
+
+
 def _check_indices(name: str, indices: Tensor, count: int, x: Tensor) -> None:
+    check_tensor("GatedKalmaNet", name, indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"GatedKalmaNet: expected {name} to be int32 or int64, got {indices.dtype}")
     if indices.shape != (count,):

@@ -394,11 +394,15 @@ def test_says_what_it_expected() -> None:
             run(torch.tensor([0, 1, -1]))
         with pytest.raises(TypeError, match=r"expected state_indices to be int32 or int64, got torch\.float32"):
             run(indices.float())
+        with pytest.raises(TypeError, match=r"expected state_indices to be a torch\.Tensor, got list"):
+            run([0, 1])
         with pytest.raises(ValueError, match="expected state_indices on cpu, got meta"):
             run(indices.to("meta"))
     with pytest.raises(ValueError, match=r"expected state_indices of shape \[1\], got \[2\]"):
         layer(x[:1], cache, torch.tensor([0, 4]), indices)
     _, draft = layer.verify(x, cache)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"expected torch\.no_grad"):
+        layer.accept(draft, indices, cache)
     with pytest.raises(ValueError, match=r"expected num_accepted of shape \[2\], got \[1\]"):
         layer.accept(draft, torch.tensor([1]), cache)
     with pytest.raises(TypeError, match=r"expected num_accepted to be int32 or int64, got torch\.bool"):
