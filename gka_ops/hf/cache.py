@@ -1,0 +1,117 @@
+"""Decoding memory of GKA layers inside the caches of ``transformers``."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.utils import _pytree as pytree
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from gka_ops.nn import GatedKalmaNet, GatedKalmaNetCache
+
+
+class GKACacheLayer(LinearAttentionLayer):
+    """What one GKA layer remembers: the buffers of a :class:`gka_ops.nn.GatedKalmaNetCache`, as recurrent states.
+
+    ``transformers`` reorders, resets and offloads them as it does for its own linear-attention layers.
+
+    Args:
+        layer: the layer whose memory it is.
+        batch_size: number of sequences.
+
+    Attributes:
+        cumulative_length: tokens seen, padding included, as attention layers count them.
+        complete: whether every token seen went into the buffers; false after a forward that recorded gradients.
+    """
+
+    def __init__(self, layer: GatedKalmaNet, batch_size: int) -> None:
+        buffers, self._structure = pytree.tree_flatten(layer.init_cache(batch_size))
+        super().__init__(number_of_states=len(buffers))
+        self.device = buffers[0].device  # where reordering moves its indices
+        self.batch_size = batch_size
+        self.cumulative_length = 0
+        self.complete = True
+        for index, buffer in enumerate(buffers):
+            self.lazy_initialization(recurrent_states=buffer, state_idx=index)
+
+    def buffers(self) -> GatedKalmaNetCache:
+        """The tensors themselves, for :meth:`gka_ops.GatedKalmaNet.forward` to advance in place."""
+        states = [self.recurrent_states[index] for index in range(self.number_of_states)]
+        return cast(GatedKalmaNetCache, pytree.tree_unflatten(states, self._structure))
+
+    def count(self, tokens: int) -> None:
+        """Records that ``tokens`` more tokens of every sequence were seen."""
+        self.cumulative_length += tokens
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = 0
+        self.complete = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses: a recurrent state does not know what it was before a token.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "GKACacheLayer: expected decoding that never takes tokens back, got crop() (as assisted generation calls it)"
+        )
+
+
+class GKACache(DynamicCache):
+    """A ``DynamicCache`` that also knows its length when no layer of the model is attention.
+
+    ``generate`` and :class:`gka_ops.hf.GKAModel` create it by themselves; make one to prefill and decode by hand.
+
+    Args:
+        config: the model's configuration; its ``layer_types`` say what the cache holds for each layer.
+    """
+
+    def __init__(self, config: PretrainedConfig, **options: Any) -> None:
+        super().__init__(config=config, **options)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, padding included."""
+        if all(self.is_linear):
+            layer = self.layers[layer_idx]
+            return layer.cumulative_length if isinstance(layer, GKACacheLayer) else 0
+        return cast(int, super().get_seq_length(layer_idx))
+
+
+def cache_layer(cache: Cache, index: int, layer: GatedKalmaNet, batch_size: int) -> GKACacheLayer:
+    """Layer ``index`` of ``cache``, put there in place of the empty one that ``transformers`` made.
+
+    Raises:
+        ValueError: that layer already holds something else, such as keys and values of attention.
+    """
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    found = cache.layers[index]
+    if isinstance(found, GKACacheLayer):
+        return found
+    if isinstance(found, LinearAttentionCacheLayerMixin):
+        used = any(found.has_previous_state.values())
+    else:
+        used = int(found.get_seq_length()) > 0
+    if used:
+        raise ValueError(
+            f"GKAAttention: expected layer {index} of the cache to be empty or to belong to a GKA layer, got a "
+            f"{type(found).__name__} that was filled by another model"
+        )
+    cache.layers[index] = GKACacheLayer(layer, batch_size)
+    return cast(GKACacheLayer, cache.layers[index])
+
+
+def extended(buffers: GatedKalmaNetCache) -> GatedKalmaNetCache:
+    """A copy with a row of zeros appended to every buffer: an empty sequence after the others."""
+    return cast(GatedKalmaNetCache, pytree.tree_map(lambda b: torch.cat((b, torch.zeros_like(b[:1]))), buffers))
+
+
+def restore(buffers: GatedKalmaNetCache, source: GatedKalmaNetCache) -> None:
+    """Copies all rows of ``source`` but the last into ``buffers``."""
+    for buffer, values in zip(pytree.tree_leaves(buffers), pytree.tree_leaves(source), strict=True):
+        buffer.copy_(values[:-1])
