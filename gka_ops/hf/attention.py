@@ -60,20 +60,21 @@ class GKAAttention(GatedKalmaNet):
         """
         cache = past_key_values if cache is None else cache
         B, T, _ = hidden_states.shape
-        buffers, past = None, 0
-        if cache is not None:
-            memory = cache_layer(cache, self.layer_idx, self, B)
+        memory = None if cache is None else cache_layer(cache, self.layer_idx, self, B)
+        buffers, past = None, None
+        if memory is not None:
             past = memory.cumulative_length
-            if past and (torch.is_grad_enabled() or not memory.complete):
+            if memory.has_previous_state[0] and (torch.is_grad_enabled() or not memory.complete):
                 raise RuntimeError(
                     "GKAAttention: expected torch.no_grad() or torch.inference_mode() around every call with a cache that "
                     "is continued, which carries no gradient, got a call with gradients enabled"
                 )
             memory.complete = not torch.is_grad_enabled()
             buffers = memory.buffers() if memory.complete else None
-            memory.count(T)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         real = None if T == 1 else _real_tokens(attention_mask, T, past)
+        if memory is not None:
+            memory.count(T)
         if real is None:
             return super().forward(hidden_states, buffers, cu_seqlens), None
         if cu_seqlens is not None:
@@ -95,7 +96,7 @@ class GKAAttention(GatedKalmaNet):
         return packed[0][torch.argsort(order)].view_as(x)
 
 
-def _real_tokens(mask: object, T: int, past: int) -> Tensor | None:
+def _real_tokens(mask: object, T: int, past: Tensor | None) -> Tensor | None:
     """[B, T], false at padding, of the T tokens that follow ``past`` others; ``None`` where there is no mask."""
     if mask is None:
         return None
@@ -112,6 +113,8 @@ def _real_tokens(mask: object, T: int, past: int) -> Tensor | None:
             f"GKAAttention: expected attention_mask of shape [B, S] or [B, 1, T, S] with S >= T = {T}, got "
             f"{list(mask.shape)}"
         )
-    start = min(past, S - T)  # of the new tokens; caches of fixed size have room behind them
-    own = mask[:, 0, :, start : start + T].diagonal(dim1=-2, dim2=-1)  # a token sees itself unless it is padding
+    # A token sees itself unless it is padding. Caches of fixed size have room behind the new tokens.
+    start = 0 if past is None else past.clamp(max=S - T)
+    columns = (torch.arange(T, device=mask.device) + start).view(1, T, 1).expand(mask.shape[0], T, 1)
+    own = mask[:, 0].gather(-1, columns)[..., 0]
     return own if own.dtype == torch.bool else own == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
@@ -22,7 +23,8 @@ class GKACacheLayer(LinearAttentionLayer):
         batch_size: number of sequences.
 
     Attributes:
-        cumulative_length: tokens seen, padding included, as attention layers count them.
+        cumulative_length: tokens seen, padding included, as attention layers count them; a tensor on the device of the
+            buffers, so that neither ``torch.compile`` nor a CUDA graph takes it for a constant.
         complete: whether every token seen went into the buffers; false after a forward that recorded gradients.
     """
 
@@ -31,8 +33,10 @@ class GKACacheLayer(LinearAttentionLayer):
         super().__init__(number_of_states=len(buffers))
         self.device = buffers[0].device  # where reordering moves its indices
         self.batch_size = batch_size
-        self.cumulative_length = 0
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         self.complete = True
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
         for index, buffer in enumerate(buffers):
             self.lazy_initialization(recurrent_states=buffer, state_idx=index)
 
@@ -43,12 +47,12 @@ class GKACacheLayer(LinearAttentionLayer):
 
     def count(self, tokens: int) -> None:
         """Records that ``tokens`` more tokens of every sequence were seen."""
-        self.cumulative_length += tokens
+        self.cumulative_length.add_(tokens)
         self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
 
     def reset(self) -> None:
         super().reset()
-        self.cumulative_length = 0
+        self.cumulative_length.zero_()
         self.complete = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -63,23 +67,36 @@ class GKACacheLayer(LinearAttentionLayer):
 
 
 class GKACache(DynamicCache):
-    """A ``DynamicCache`` that also knows its length when no layer of the model is attention.
+    """The cache of a model without attention: a ``DynamicCache`` whose GKA layers tell how many tokens they have seen.
 
-    ``generate`` and :class:`gka_ops.hf.GKAModel` create it by themselves; make one to prefill and decode by hand.
+    ``transformers`` asks attention layers for that, so a model with some works with its ``DynamicCache(config=model.config)``.
+    ``generate`` and :class:`gka_ops.hf.GKAModel` create the right one; make one to prefill and decode by hand.
 
     Args:
-        config: the model's configuration; its ``layer_types`` say what the cache holds for each layer.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: a layer is attention.
     """
 
-    def __init__(self, config: PretrainedConfig, **options: Any) -> None:
-        super().__init__(config=config, **options)
+    is_compileable = False  # ``generate`` would compile a model unasked for any compileable subclass of DynamicCache
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, padding included."""
-        if all(self.is_linear):
-            layer = self.layers[layer_idx]
-            return layer.cumulative_length if isinstance(layer, GKACacheLayer) else 0
-        return cast(int, super().get_seq_length(layer_idx))
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        if not all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise ValueError(
+                "GKACache: expected a model without attention, got one with; expected DynamicCache(config=model.config) there"
+            )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers cannot tell the length: none."""
+        return [False] * len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens seen so far, padding included; a tensor, as from a ``StaticCache``, once there are any."""
+        layer = self.layers[layer_idx]
+        return layer.cumulative_length if isinstance(layer, GKACacheLayer) else 0
 
 
 def cache_layer(cache: Cache, index: int, layer: GatedKalmaNet, batch_size: int) -> GKACacheLayer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
@@ -48,6 +48,11 @@ class GKAConfig(Qwen3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = [GKA_LAYER] * self.num_hidden_layers
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"GKAConfig: expected layer_types for num_hidden_layers = {self.num_hidden_layers} layers, got "
+                f"{len(self.layer_types)}"
+            )
         unknown = sorted(set(self.layer_types) - {GKA_LAYER, ATTENTION_LAYER})
         if unknown:
             raise ValueError(
@@ -123,6 +128,7 @@ class GKAModel(GKAPreTrainedModel, Qwen3Model):
                 packed along T; and whatever else ``Qwen3Model.forward`` takes.
 
         Raises:
+            TypeError: no layer is attention, and the cache is no :class:`GKACache`.
             ValueError: ``attention_mask`` has another number of dimensions, or positions start anew within T without
                 ``cu_seq_lens_q``, which is needed to keep packed sequences apart.
         """
@@ -133,8 +139,14 @@ class GKAModel(GKAPreTrainedModel, Qwen3Model):
         T = inputs_embeds.shape[1]
         cache = _pop_cache(kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if cache is None and use_cache and not (self.gradient_checkpointing and self.training):
-            cache = GKACache(self.config)
+        if not self.config.attention_layers:
+            if cache is None and use_cache and not (self.gradient_checkpointing and self.training):
+                cache = GKACache(self.config)
+            if cache is not None and not isinstance(cache, GKACache):
+                raise TypeError(
+                    f"GKAModel: expected a GKACache, as no layer is attention that could tell a cache's length, got a "
+                    f"{type(cache).__name__}"
+                )
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(T, device=inputs_embeds.device) + past)[None]
@@ -179,7 +191,7 @@ class GKAForCausalLM(GKAPreTrainedModel, Qwen3ForCausalLM):
     ) -> None:
         given = model_kwargs.get(CACHE_ARGUMENT)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and type(model_kwargs.get(CACHE_ARGUMENT)) is DynamicCache and not self.config.attention_layers:
+        if given is None and CACHE_ARGUMENT in model_kwargs and not self.config.attention_layers:
             model_kwargs[CACHE_ARGUMENT] = GKACache(self.config)
 
 
