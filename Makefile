@@ -14,7 +14,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= gpu,demo,perf,dev
+EXTRAS ?= gpu,transformers,demo,perf,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 PERF_ARGS ?=

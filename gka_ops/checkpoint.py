@@ -1,7 +1,8 @@
-"""Weights of one GKA layer from a published checkpoint: ``gka-convert CHECKPOINT --layer 3 --output layer3.safetensors``.
+"""Weights of a GKA layer from a published checkpoint: ``gka-convert CHECKPOINT --layer 3 --output OUTPUT``.
 
-A checkpoint is a safetensors file, a ``*.safetensors.index.json`` beside the shards it names, or a folder with either. Names
-and shapes come from the files' headers; of the data only the tensors of the layer are read. Needs ``safetensors``.
+A checkpoint is a safetensors file, a ``*.safetensors.index.json`` beside the shards it names, or a folder with either.
+Names and shapes come from the files' headers; of the data only the tensors of the layer are read. Needs
+``safetensors``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class LayerWeights(NamedTuple):
     """
 
     prefix: str
-    options: dict[str, int]
+    options: dict[str, Any]
     state_dict: dict[str, Tensor]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
@@ -55,7 +56,9 @@ class LayerWeights(NamedTuple):
             ValueError: parameters are missing.
         """
         if self.missing:
-            raise ValueError(f"LayerWeights: expected all parameters of {self.prefix}*, got none of {_names(self.missing)}")
+            raise ValueError(
+                f"LayerWeights: expected all parameters of {self.prefix}*, got none of {_names(self.missing)}"
+            )
         layer = GatedKalmaNet(**self.options, **options, device="meta")
         layer.load_state_dict(self.state_dict, assign=True)
         return layer.to(device or "cpu")
@@ -71,8 +74,8 @@ def read_layer(checkpoint: str | Path, layer: int, prefix: str | None = None) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is malformed; the decoder layer has no GKA layer, or more than one; the checkpoint lacks what the
-            sizes are read from; or a shape does not fit the others.
+        ValueError: a file is malformed; the decoder layer has no GKA layer, or more than one; the checkpoint lacks what
+            the sizes are read from; or a shape does not fit the others.
     """
     home = _locate(Path(checkpoint))
     prefix = _find_prefix(home, layer) if prefix is None else prefix
@@ -140,33 +143,35 @@ def _find_prefix(names: Iterable[str], layer: int) -> str:
     found = [prefix for prefix in ends if f".layers.{layer}." in f".{prefix}"]
     if len(found) != 1:
         raise ValueError(
-            f"read_layer: expected one *layers.{layer}.*.A_log in the checkpoint, got {_names(found) or 'none'}; GKA layers "
-            f"found: {_names(ends) or 'none'}"
+            f"read_layer: expected one *layers.{layer}.*.A_log in the checkpoint, got {_names(found) or 'none'}; "
+            f"GKA layers found: {_names(ends) or 'none'}"
         )
     return found[0]
 
 
-def _sizes(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, int]:
+def _sizes(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
     """The sizes of the layer from the parameters that determine them."""
-    ranks = {"A_log": 1, "q_proj.weight": 2, "k_proj.weight": 2, "v_proj.weight": 2, "o_norm.weight": 1, "q_conv1d.weight": 3}
+    ranks = {"A_log": 1, "q_proj.weight": 2, "v_proj.weight": 2, "o_norm.weight": 1, "q_conv1d.weight": 3}
     for name, rank in ranks.items():
         shape = shapes.get(name)
         if shape is None:
             raise ValueError(f"read_layer: expected {prefix}{name}, from which sizes are read, got none")
         if len(shape) != rank or 0 in shape:
-            raise ValueError(f"read_layer: expected {prefix}{name} with {rank} non-empty dimensions, got shape {list(shape)}")
+            raise ValueError(
+                f"read_layer: expected {prefix}{name} with {rank} non-empty dimensions, got shape {list(shape)}"
+            )
     (H,), (V,) = shapes["A_log"], shapes["o_norm.weight"]
-    (queries, hidden_size), keys, values = (shapes[f"{name}_proj.weight"] for name in "qkv")
-    if queries % H != 0 or values[0] % V != 0 or H % (values[0] // V) != 0:
+    (queries, hidden_size), (values, _) = shapes["q_proj.weight"], shapes["v_proj.weight"]
+    if queries % H != 0 or values % V != 0 or H % (values // V) != 0:
         raise ValueError(
-            f"read_layer: expected q_proj and v_proj of {prefix}* to have a multiple of {H} (heads, from A_log) and of {V} "
-            f"(from o_norm) rows, the latter for a divisor of the heads, got {queries} and {values[0]}"
+            f"read_layer: expected q_proj and v_proj of {prefix}* to have a multiple of {H} (heads, from A_log) and of "
+            f"{V} (from o_norm) rows, the latter for a divisor of the heads, got {queries} and {values}"
         )
     return {
         "hidden_size": hidden_size,
         "head_dim": queries // H,
         "num_heads": H,
-        "num_kv_heads": values[0] // V,
+        "num_kv_heads": values // V,
         "head_v_dim": V,
         "conv_size": shapes["q_conv1d.weight"][2],
     }
@@ -177,7 +182,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 1 where parameters are missing (nothing is written then), 2 for what could not be read."""
+    """The command line. Exit code 1 where parameters are missing (then nothing is written), 2 where reading failed."""
     parser = argparse.ArgumentParser(prog="gka-convert", description=(__doc__ or "").split(":")[0] + ".")
     parser.add_argument("checkpoint", type=Path, help="a safetensors file, an index of shards, or a folder with either")
     parser.add_argument("--layer", type=int, required=True, help="index of the decoder layer")

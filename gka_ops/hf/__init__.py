@@ -1,7 +1,7 @@
 """GKA in Hugging Face ``transformers`` (``gka-ops[transformers]``).
 
-Importing this package registers ``model_type`` "gka", so that ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know
-:class:`GKAConfig`, :class:`GKAModel` and :class:`GKAForCausalLM`.
+Importing this package registers ``model_type`` "gka", so that ``AutoConfig``, ``AutoModel`` and
+``AutoModelForCausalLM`` know :class:`GKAConfig`, :class:`GKAModel` and :class:`GKAForCausalLM`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -66,8 +66,8 @@ class GKAAttention(GatedKalmaNet):
             past = memory.cumulative_length
             if memory.has_previous_state[0] and (torch.is_grad_enabled() or not memory.complete):
                 raise RuntimeError(
-                    "GKAAttention: expected torch.no_grad() or torch.inference_mode() around every call with a cache that "
-                    "is continued, which carries no gradient, got a call with gradients enabled"
+                    "GKAAttention: expected torch.no_grad() or torch.inference_mode() around every call with a cache "
+                    "that is continued, which carries no gradient, got a call with gradients enabled"
                 )
             memory.complete = not torch.is_grad_enabled()
             buffers = memory.buffers() if memory.complete else None

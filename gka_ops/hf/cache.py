@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class GKACacheLayer(LinearAttentionLayer):
     def count(self, tokens: int) -> None:
         """Records that ``tokens`` more tokens of every sequence were seen."""
         self.cumulative_length.add_(tokens)
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        self.has_previous_state = dict.fromkeys(range(self.number_of_states), True)
 
     def reset(self) -> None:
         super().reset()
@@ -62,14 +62,14 @@ class GKACacheLayer(LinearAttentionLayer):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "GKACacheLayer: expected decoding that never takes tokens back, got crop() (as assisted generation calls it)"
+            "GKACacheLayer: expected decoding that never takes tokens back, got crop(), as from assisted generation"
         )
 
 
 class GKACache(DynamicCache):
     """The cache of a model without attention: a ``DynamicCache`` whose GKA layers tell how many tokens they have seen.
 
-    ``transformers`` asks attention layers for that, so a model with some works with its ``DynamicCache(config=model.config)``.
+    ``transformers`` asks attention layers for that, so a model with some takes ``DynamicCache(config=model.config)``.
     ``generate`` and :class:`gka_ops.hf.GKAModel` create the right one; make one to prefill and decode by hand.
 
     Args:
@@ -85,7 +85,7 @@ class GKACache(DynamicCache):
         super().__init__(config=config)
         if not all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise ValueError(
-                "GKACache: expected a model without attention, got one with; expected DynamicCache(config=model.config) there"
+                "GKACache: expected a model without attention, got one with; DynamicCache(config=model.config) suits it"
             )
 
     @property

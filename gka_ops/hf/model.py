@@ -27,10 +27,10 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(Qwen3Model.forward).par
 class GKAConfig(Qwen3Config):
     """Configuration of :class:`GKAModel`: that of Qwen3, whose attention blocks are GKA where ``layer_types`` says so.
 
-    GKA layers take ``hidden_size``, ``head_dim``, ``num_attention_heads`` and ``num_key_value_heads`` as attention does.
+    GKA layers take ``hidden_size``, ``head_dim``, ``num_attention_heads`` and ``num_key_value_heads`` from it, too.
 
     Args:
-        layer_types: ``"linear_attention"`` (GKA) or ``"full_attention"`` for every layer; ``None`` makes all of them GKA.
+        layer_types: ``"linear_attention"`` (GKA) or ``"full_attention"`` for every layer; ``None`` makes all GKA.
         gka_options: further keyword arguments of :class:`gka_ops.GatedKalmaNet`, for instance ``{"num_iter": 30}``.
         **kwargs: as for ``transformers.Qwen3Config``.
 
@@ -43,6 +43,7 @@ class GKAConfig(Qwen3Config):
     base_model_tp_plan = None
     base_model_pp_plan = None
 
+    layer_types: list[str] | None = None
     gka_options: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -53,7 +54,7 @@ class GKAConfig(Qwen3Config):
                 f"GKAConfig: expected layer_types for num_hidden_layers = {self.num_hidden_layers} layers, got "
                 f"{len(self.layer_types)}"
             )
-        unknown = sorted(set(self.layer_types) - {GKA_LAYER, ATTENTION_LAYER})
+        unknown = sorted(set(self.layer_types or ()) - {GKA_LAYER, ATTENTION_LAYER})
         if unknown:
             raise ValueError(
                 f"GKAConfig: expected layer_types to hold {GKA_LAYER!r} or {ATTENTION_LAYER!r}, got "
@@ -203,6 +204,6 @@ def _pop_cache(kwargs: dict[str, Any]) -> Cache | None:
 def _check_unpacked(position_ids: Tensor) -> None:
     if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
-            "GKAModel: expected cu_seq_lens_q (DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes it) with "
-            "sequences packed into a row, got position_ids that do not rise by one"
+            "GKAModel: expected cu_seq_lens_q with sequences packed into a row, as from "
+            "DataCollatorWithFlattening(return_flash_attn_kwargs=True), got position_ids that do not rise by one"
         )

@@ -18,23 +18,25 @@ def replace_attention(model: PreTrainedModel, layers: Sequence[int], **options: 
     r"""Replaces attention blocks of ``model`` **in place** by GKA layers that start from their projections.
 
     For priming: train the new layers, for instance against the hidden states of the original model. Blocks of Llama,
-    Qwen3, Mistral and whatever is built like them can be replaced. Forward, backward, gradient checkpointing, ``generate``
-    and padding work as before, with the layers mixed. ``model.config`` does not know of the change, so ``from_pretrained``
-    does not repeat it: load a trained state dict after calling this on the original again, or, for Qwen3, into a
-    :class:`GKAForCausalLM` whose ``layer_types`` name the same layers.
+    Qwen3, Mistral and whatever is built like them can be replaced. Forward, backward, gradient checkpointing,
+    ``generate`` and padding work as before, with the layers mixed. ``model.config`` does not know of the change, so
+    ``from_pretrained`` does not repeat it: load a trained state dict after calling this on the original again, or, for
+    Qwen3, into a :class:`GKAForCausalLM` whose ``layer_types`` name the same layers.
 
     What a new layer starts from:
 
-    * ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` are copies, with as many key/value heads. Weights of RMSNorms on queries
-      and keys (Qwen3) are multiplied into the rows of ``q_proj`` and ``k_proj``; the layer divides both by their ℓ2 norms
-      itself. Rotary embeddings are dropped: the order of tokens comes from decay and convolutions.
+    * ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` are copies, with as many key/value heads. Weights of RMSNorms on
+      queries and keys (Qwen3) are multiplied into the rows of ``q_proj`` and ``k_proj``; the layer divides both by
+      their ℓ2 norms itself. Rotary embeddings are dropped: order comes from decay and convolutions.
     * Convolutions pass the current token: 1 at its tap, 0 before.
-    * The decay does not depend on the input (``a_proj`` is 0) and is slow: A = 1, so that with the layer's own ``dt_bias``
-      heads forget within 10 to 1000 tokens. Mamba-2's A of up to 16 suits training from scratch; attention forgets nothing.
-    * α and β are ½ for every token (``alpha_proj``, ``b_proj`` are 0), where their gradients are largest. A constant β
+    * The decay does not depend on the input (``a_proj`` is 0) and is slow: A = 1, so that with the layer's own
+      ``dt_bias`` heads forget within 10 to 1000 tokens. Mamba-2's A of up to 16 is for training from scratch; the
+      projections come from a block that forgets nothing.
+    * α and β are ½ for every token (``alpha_proj``, ``b_proj`` are 0), where the sigmoid is steepest. A constant β
       changes no solved read-out, as H and U scale alike.
-    * ``g_proj`` is 0, and so is the block's output, SiLU(0): the residual stream starts undisturbed, as behind any
-      zero-initialised branch. In the first step only ``g_proj`` has a gradient, from then on all parameters.
+    * ``g_proj`` is 0, and with SiLU(0) the block's output: the residual stream starts undisturbed, as behind any
+      zero-initialised branch, rather than with values under random signs. In the first step only ``g_proj`` has a
+      gradient, from then on every parameter.
 
     Args:
         model: a model with ``get_decoder().layers[i].self_attn``.
@@ -43,19 +45,21 @@ def replace_attention(model: PreTrainedModel, layers: Sequence[int], **options: 
         **options: keyword arguments of :class:`gka_ops.GatedKalmaNet`, for instance ``num_iter``.
 
     Returns:
-        The new layers, in the order of ``layers``. They have the dtype, device and mode (training or not) of those replaced.
+        The new layers, in the order of ``layers``, with dtype, device and mode (training or not) of those replaced.
 
     Raises:
-        ValueError: an index is out of range or there twice, no attention would remain, or a block cannot be expressed: it
-            has biases, or its projections have other shapes than head_dim says.
-        TypeError: a block is not an attention block with the four projections as ``nn.Linear``, or has a norm of another
-            kind on queries and keys.
+        ValueError: an index is out of range or there twice, no attention would remain, or a block cannot be expressed:
+            it has biases, or its projections have other shapes than head_dim says.
+        TypeError: a block is not an attention block with the four projections as ``nn.Linear``, or has a norm of
+            another kind on queries and keys.
 
     No block is replaced where one cannot be.
     """
     decoder_layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(decoder_layers, nn.ModuleList):
-        raise TypeError(f"replace_attention: expected a model with a list of decoder layers, got {type(model).__name__}")
+        raise TypeError(
+            f"replace_attention: expected a model with a list of decoder layers, got {type(model).__name__}"
+        )
     count = len(decoder_layers)
     for index in layers:
         if not -count <= index < count:
@@ -84,7 +88,7 @@ def _block(decoder_layers: nn.ModuleList, index: int) -> nn.Module:
 
 @torch.no_grad()
 def from_attention(block: nn.Module, layer_idx: int, **options: Any) -> GKAAttention:
-    """The GKA layer that starts from one attention block; arguments and errors are those of :func:`replace_attention`."""
+    """The GKA layer that starts from one attention block; arguments and errors as for :func:`replace_attention`."""
     where = f"replace_attention: layer {layer_idx}"
     projections = {name: getattr(block, name, None) for name in PROJECTIONS}
     for name, projection in projections.items():
@@ -94,7 +98,9 @@ def from_attention(block: nn.Module, layer_idx: int, **options: Any) -> GKAAtten
                 f"{type(projection).__name__} in {type(block).__name__}"
             )
         if projection.bias is not None:
-            raise ValueError(f"{where}: expected projections without bias, as a GKA layer has none, got a bias in {name}")
+            raise ValueError(
+                f"{where}: expected projections without bias, as a GKA layer has none, got a bias in {name}"
+            )
     weights: dict[str, Tensor] = {name: p.weight for name, p in projections.items() if p is not None}
     D = getattr(block, "head_dim", None)
     if not isinstance(D, int):
@@ -116,12 +122,11 @@ def from_attention(block: nn.Module, layer_idx: int, **options: Any) -> GKAAtten
     like = weights["q_proj"]
     layer = GKAAttention(hidden_size, D, H, Hkv, layer_idx=layer_idx, device=like.device, dtype=like.dtype, **options)
     for name, weight in weights.items():
-        layer.get_submodule(name).weight.copy_(weight)
-    for name in ("q", "k"):
-        norm = getattr(block, f"{name}_norm", None)
-        if norm is not None:
-            weight = layer.get_submodule(f"{name}_proj").weight
-            weight.copy_((weight.T * _norm_weight(norm, weight, D, where)).T)
+        layer.get_parameter(f"{name}.weight").copy_(weight)
+    for projection, norm in ((layer.q_proj, "q_norm"), (layer.k_proj, "k_norm")):
+        if getattr(block, norm, None) is not None:
+            scale = _norm_weight(getattr(block, norm), projection.weight, D, where)
+            projection.weight.copy_(projection.weight * scale[:, None])
     for convolution in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d):
         nn.init.zeros_(convolution.weight)
         nn.init.ones_(convolution.weight[..., -1])

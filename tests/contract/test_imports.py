@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "gka_ops_perf", "examples", "tools")
 
 NUMERICS = "gka_ops.numerics"
-PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.distributed", "gka_ops.types", NUMERICS)
+PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.hf", "gka_ops.checkpoint", "gka_ops.distributed", "gka_ops.types", NUMERICS)
 TORCH = ("torch",)
 AUTOTUNE = (
     "choice", "config", "device", "fingerprint", "key", "miss", "report", "screen", "shapes", "space", "table", "tuner",
@@ -53,6 +53,8 @@ RULES = (
         ours=("gka_ops.api", "gka_ops.types", "gka_ops.validation", "gka_ops.nn.*", NUMERICS),
         third_party=("torch", "causal_conv1d"),
     ),
+    Rule("gka_ops.checkpoint", ours=("gka_ops.nn",), third_party=("torch", "safetensors")),
+    Rule("gka_ops.hf*", ours=("gka_ops.hf.*", "gka_ops.nn", "gka_ops.nn.conv"), third_party=("torch", "transformers")),
     Rule(
         "gka_ops.distributed*",
         ours=("gka_ops.api", "gka_ops.ops", "gka_ops.types", "gka_ops.validation", "gka_ops.distributed.*", NUMERICS),
@@ -204,6 +206,11 @@ def test_checker_takes_type_checking_imports_for_lazy(tmp_path: Path) -> None:
         ("gka_ops.reference.planted", "import numpy", "numpy"),
         ("gka_ops.reference.planted", "from gka_ops.validation import check_impl", "gka_ops.validation"),
         ("gka_ops.nn.planted", "import triton", "triton"),
+        ("gka_ops.nn.planted", "from transformers import Cache", "transformers"),
+        ("gka_ops.nn.planted", "def f():\n    from gka_ops.hf import GKAModel", "gka_ops.hf"),
+        ("gka_ops", "def f():\n    import gka_ops.hf", "gka_ops.hf"),
+        ("gka_ops.hf.planted", "from gka_ops.api import chunk_gka", "gka_ops.api"),
+        ("gka_ops.checkpoint", "import transformers", "transformers"),
         ("gka_ops.nn.planted", "from gka_ops.triton import launch", "gka_ops.triton"),
         ("gka_ops.ops", "from gka_ops.reference import backend", "gka_ops.reference"),
         ("gka_ops.ops", "def f():\n    from gka_ops.nn import GatedKalmaNet", "gka_ops.nn"),
