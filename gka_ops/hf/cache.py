@@ -74,19 +74,25 @@ class GKACache(DynamicCache):
 
     Args:
         config: the model's configuration.
+        compileable: whether ``generate`` may compile the model by itself, as ``cache_implementation="static"`` asks for.
+            The buffers have fixed sizes and addresses in any case.
 
     Raises:
         ValueError: a layer is attention.
     """
 
-    is_compileable = False  # ``generate`` would compile a model unasked for any compileable subclass of DynamicCache
-
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, compileable: bool = False) -> None:
         super().__init__(config=config)
+        self._compileable = compileable
         if not all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise ValueError(
                 "GKACache: expected a model without attention, got one with; DynamicCache(config=model.config) suits it"
             )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model by itself."""
+        return self._compileable
 
     @property
     def is_linear(self) -> list[bool]:

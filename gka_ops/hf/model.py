@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
@@ -95,7 +95,7 @@ class GKAModel(GKAPreTrainedModel, Qwen3Model):
 
     def __init__(self, config: GKAConfig) -> None:
         super().__init__(config)
-        for index, layer_type in enumerate(config.layer_types):
+        for index, layer_type in enumerate(config.layer_types or ()):
             if layer_type == GKA_LAYER:
                 self.layers[index].self_attn = GKAAttention(
                     config.hidden_size,
@@ -192,8 +192,9 @@ class GKAForCausalLM(GKAPreTrainedModel, Qwen3ForCausalLM):
     ) -> None:
         given = model_kwargs.get(CACHE_ARGUMENT)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and CACHE_ARGUMENT in model_kwargs and not self.config.attention_layers:
-            model_kwargs[CACHE_ARGUMENT] = GKACache(self.config)
+        made = model_kwargs.get(CACHE_ARGUMENT)
+        if given is None and made is not None and not self.config.attention_layers:
+            model_kwargs[CACHE_ARGUMENT] = GKACache(self.config, compileable=isinstance(made, StaticCache))
 
 
 def _pop_cache(kwargs: dict[str, Any]) -> Cache | None:

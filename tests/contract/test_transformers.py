@@ -428,7 +428,6 @@ def test_loss_is_the_cross_entropy_of_the_next_token() -> None:
     assert max_error(model(tokens, labels=labels).loss.detach(), expected) < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["gka first"])
 def test_compiled_training_has_no_graph_break(pattern: str) -> None:
     model, tokens = make_model(pattern).train(), make_tokens(2, 20)
@@ -446,7 +445,6 @@ def test_compiled_training_has_no_graph_break(pattern: str) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "graphs"), [("pure", 1), ("gka first", 2)])
 def test_compiled_decoding_has_no_graph_break(pattern: str, graphs: int) -> None:
     """Keys and values of attention grow, so that with them a second graph, with dynamic shapes, follows the first."""
@@ -462,6 +460,29 @@ def test_compiled_decoding_has_no_graph_break(pattern: str, graphs: int) -> None
             assert max_error(run(step, tokens[:, t : t + 1], cache), expected[:, t : t + 1]) < ROUNDING
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("make", [p for p in every_model() if p.id in ("pure", "gka first", "Llama sdpa")])
+def test_generate_compiles_one_graph_for_a_static_cache(make: Any) -> None:
+    """What ``generate`` does on a card for ``cache_implementation="static"``, asked to do it here, too."""
+    model, prompt = make(), make_tokens(2, 9)
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0
+    compile_config = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    found = model.generate(
+        torch.where(mask.bool(), prompt, 0),
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=compile_config,
+    )
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(found[0], greedy(model, prompt[:1], 6)[0])
+    assert torch.equal(found[1, 4:], greedy(model, prompt[1:, 4:], 6)[0])
 
 
 # ------------------------------------------------------------------------------------------------ replaced attention
