@@ -73,7 +73,6 @@ class GKAPreTrainedModel(Qwen3PreTrainedModel):
 
     config: GKAConfig
     config_class = GKAConfig
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012  # as every model of transformers declares it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

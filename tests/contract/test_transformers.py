@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from gka_ops.hf import GKAAttention, GKACache, GKAConfig, GKAForCausalLM, GKAModel, replace_attention
 from gka_ops.hf.cache import GKACacheLayer
 from gka_ops.hf.model import CACHE_ARGUMENT
-from gka_ops.nn.layer import A_RANGE
+from gka_ops.nn.layer import A_RANGE, DT_RANGE
 from tests.helpers.problems import max_error
 
 GKA, ATTENTION = "linear_attention", "full_attention"
@@ -182,8 +182,7 @@ def test_padded_batch_generates_what_each_prompt_does_alone(make: Any) -> None:
     model, prompt = make(), make_tokens(2, 9)
     mask = torch.ones_like(prompt)
     mask[1, :4] = 0
-    padded = torch.where(mask.bool(), prompt, 0)
-    found = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    found = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(found[0], greedy(model, prompt[:1], 8)[0])
     assert torch.equal(found[1, 4:], greedy(model, prompt[1:, 4:], 8)[0])
 
@@ -195,7 +194,7 @@ def test_padding_is_read_from_the_masks_of_attention(attention: str, implementat
     mask = torch.ones_like(prompt)
     mask[1, :4] = 0
     found = model.generate(
-        torch.where(mask.bool(), prompt, 5),
+        prompt,
         attention_mask=mask,
         max_new_tokens=4,
         do_sample=False,
@@ -348,6 +347,22 @@ def test_saved_model_computes_the_same(tmp_path: Path, pattern: str, tied: bool,
     assert not torch.equal(run(AutoModelForCausalLM.from_config(config, dtype=dtype), tokens), run(model, tokens))
 
 
+def test_gates_that_a_checkpoint_lacks_are_initialised(tmp_path: Path) -> None:
+    """A Qwen3 checkpoint in a GKA model: what both have is loaded, the rest starts as in a new model."""
+    torch.manual_seed(0)
+    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_hidden_layers=2))
+    qwen.save_pretrained(tmp_path)
+    config = GKAConfig(**SIZES, num_hidden_layers=2, layer_types=PATTERNS["gka first"])
+    model = GKAForCausalLM.from_pretrained(tmp_path, config=config)
+    layer = model.model.layers[0].self_attn
+    assert torch.equal(layer.k_proj.weight, qwen.model.layers[0].self_attn.k_proj.weight)
+    assert A_RANGE[0] <= layer.A_log.exp().min() < layer.A_log.exp().max() <= A_RANGE[1]
+    assert DT_RANGE[0] * 0.99 < nn.functional.softplus(layer.dt_bias).min() < DT_RANGE[1]
+    assert 0 < layer.q_conv1d.weight.std() < 0.5
+    assert torch.equal(layer.o_norm.weight, torch.ones(16))
+    assert run(model, make_tokens(1, 9)).isfinite().all()
+
+
 def test_parameters_are_initialised_as_the_layer_and_the_model_do() -> None:
     torch.manual_seed(0)
     model = GKAForCausalLM(GKAConfig(**SIZES, num_hidden_layers=4))
@@ -473,7 +488,7 @@ def test_generate_compiles_one_graph_for_a_static_cache(make: Any) -> None:
     torch._dynamo.reset()
     counters.clear()
     found = model.generate(
-        torch.where(mask.bool(), prompt, 0),
+        prompt,
         attention_mask=mask,
         max_new_tokens=6,
         do_sample=False,
