@@ -74,7 +74,7 @@ class GKACache(DynamicCache):
 
     Args:
         config: the model's configuration.
-        compileable: whether ``generate`` may compile the model by itself, as ``cache_implementation="static"`` asks for.
+        compileable: whether ``generate`` may compile the model by itself, as ``cache_implementation="static"`` asks.
             The buffers have fixed sizes and addresses in any case.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
 ROUNDING = 1e-9
 """Bound on differences of fp64 logits of order 10: the same sums in another order, amplified by RMSNorm and solve."""
 
@@ -498,6 +500,22 @@ def test_generate_compiles_one_graph_for_a_static_cache(make: Any) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert torch.equal(found[0], greedy(model, prompt[:1], 6)[0])
     assert torch.equal(found[1, 4:], greedy(model, prompt[1:, 4:], 6)[0])
+
+
+def test_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 4
+    assert names["continued"].shape == (2, 40)
+    assert names["logits"].shape == (2, 1, 512)
+    assert names["cache"].get_seq_length() == 36
+    assert names["loss"] > 0
+    assert names["weights"].missing == ()
+    assert names["y"].shape == (1, 16, 64)
 
 
 # ------------------------------------------------------------------------------------------------ replaced attention
