@@ -45,8 +45,9 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
-ROUNDING = 1e-9
-"""Bound on differences of fp64 logits of order 10: the same sums in another order, amplified by RMSNorm and solve."""
+ROUNDING = 1e-5
+"""Bound on differences of logits of order 10 in fp64 models. Their RMSNorms (Qwen3's, Llama's) round to fp32, 6e-8: where
+a sum in another order falls to the other side there, later layers amplify it."""
 
 
 @pytest.fixture(autouse=True)
@@ -457,8 +458,8 @@ def test_compiled_training_has_no_graph_break(pattern: str) -> None:
         given = {"input_ids": tokens, "labels": tokens, **arguments}
         loss, expected = gradients(model, **given)
         found_loss, found = gradients(model, compiled, **given)
-        assert max_error(found_loss, loss) < 1e-12
-        assert max(max_error(found[name], expected[name]) for name in expected) < 1e-9
+        assert max_error(found_loss, loss) < ROUNDING
+        assert max(max_error(found[name], expected[name]) for name in expected) < ROUNDING
     assert not counters["graph_break"]
 
 
