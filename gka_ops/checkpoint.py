@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         weights = read_layer(options.checkpoint, options.layer, options.prefix)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{weights.prefix}*: GatedKalmaNet({', '.join(f'{key}={value}' for key, value in weights.options.items())})")

@@ -47,8 +47,8 @@ class GKAAttention(GatedKalmaNet):
                 Without effect for T = 1, as a decoded token is never padding.
             past_key_values, cache: one cache under either of its names in ``transformers``; advanced **in place**.
                 A forward that records gradients runs without it, and the cache cannot be continued afterwards.
-            **kwargs: ``cu_seq_lens_q`` [N + 1], boundaries of N sequences packed along T (then B = 1 and there is no
-                mask); the others have no effect.
+            **kwargs: ``cu_seq_lens_q`` [N + 1], boundaries of N sequences packed along T (then B = 1, there is no mask,
+                and a cache gets N rows); the others have no effect, position_ids neither.
 
         Returns:
             ([B, T, hidden_size], ``None``): the second stands for attention weights.
@@ -60,7 +60,9 @@ class GKAAttention(GatedKalmaNet):
         """
         cache = past_key_values if cache is None else cache
         B, T, _ = hidden_states.shape
-        memory = None if cache is None else cache_layer(cache, self.layer_idx, self, B)
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        memory = None if cache is None else cache_layer(cache, self.layer_idx, self, sequences)
         buffers, past = None, None
         if memory is not None:
             past = memory.cumulative_length
@@ -71,7 +73,6 @@ class GKAAttention(GatedKalmaNet):
                 )
             memory.complete = not torch.is_grad_enabled()
             buffers = memory.buffers() if memory.complete else None
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
         real = None if T == 1 else _real_tokens(attention_mask, T, past)
         if memory is not None:
             memory.count(T)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gka_ops.hf.attention import GKAAttention
+from gka_ops.nn.conv import ShortConvolution
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -19,9 +20,12 @@ def replace_attention(model: PreTrainedModel, layers: Sequence[int], **options: 
 
     For priming: train the new layers, for instance against the hidden states of the original model. Blocks of Llama,
     Qwen3, Mistral and whatever is built like them can be replaced. Forward, backward, gradient checkpointing,
-    ``generate`` and padding work as before, with the layers mixed. ``model.config`` does not know of the change, so
-    ``from_pretrained`` does not repeat it: load a trained state dict after calling this on the original again, or, for
-    Qwen3, into a :class:`GKAForCausalLM` whose ``layer_types`` name the same layers.
+    ``generate`` and padding work as before, with the layers mixed; only sequences packed into one row, which attention
+    tells apart by ``position_ids``, need ``cu_seq_lens_q`` for the new layers.
+
+    ``model.config`` does not know of the change, so ``from_pretrained`` does not repeat it: load a trained state dict
+    after calling this on the original again, or, for Qwen3, into a :class:`GKAForCausalLM` whose ``layer_types`` name
+    the same layers.
 
     What a new layer starts from:
 
@@ -127,9 +131,10 @@ def from_attention(block: nn.Module, layer_idx: int, **options: Any) -> GKAAtten
         if getattr(block, norm, None) is not None:
             scale = _norm_weight(getattr(block, norm), projection.weight, D, where)
             projection.weight.copy_(projection.weight * scale[:, None])
-    for convolution in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d):
-        nn.init.zeros_(convolution.weight)
-        nn.init.ones_(convolution.weight[..., -1])
+    for module in layer.modules():
+        if isinstance(module, ShortConvolution):
+            nn.init.zeros_(module.weight)
+            nn.init.ones_(module.weight[..., -1])
     for gate in (layer.a_proj, layer.b_proj, layer.alpha_proj, layer.g_proj):
         nn.init.zeros_(gate.weight)
         if gate.bias is not None:

@@ -46,8 +46,8 @@ SIZES: dict[str, Any] = {
 }
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
 ROUNDING = 1e-5
-"""Bound on differences of logits of order 10 in fp64 models. Their RMSNorms (Qwen3's, Llama's) round to fp32, 6e-8: where
-a sum in another order falls to the other side there, later layers amplify it."""
+"""Bound on differences of logits of order 5 in fp64 models. Their RMSNorms (Qwen3's, Llama's) round to fp32, 6e-8:
+where a sum in another order falls to the other side there, later layers amplify it. A token too many makes it 3."""
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +248,9 @@ def test_packed_sequences_equal_separate_ones(pattern: str) -> None:
     cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
     found = run(model, tokens, position_ids=position_ids, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
     expected = torch.cat([run(model, part) for part in tokens.split((7, 13), dim=1)], dim=1)
+    assert max_error(found, expected) < ROUNDING
+    with torch.no_grad():  # with the cache that is made by default
+        found = model(tokens, position_ids=position_ids, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens).logits
     assert max_error(found, expected) < ROUNDING
     with pytest.raises(ValueError, match="expected cu_seq_lens_q"):
         run(model, tokens, position_ids=position_ids)
