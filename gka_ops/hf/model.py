@@ -82,7 +82,7 @@ class GKAPreTrainedModel(Qwen3PreTrainedModel):
         elif isinstance(module, GatedKalmaNet) and not all(
             getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)
         ):
-            module._reset_gate()
+            module._reset_gates()
 
 
 class GKAModel(GKAPreTrainedModel, Qwen3Model):

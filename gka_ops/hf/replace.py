@@ -136,10 +136,10 @@ def from_attention(block: nn.Module, layer_idx: int, **options: Any) -> GKAAtten
             nn.init.zeros_(module.weight)
             nn.init.ones_(module.weight[..., -1])
     for gate in (layer.a_proj, layer.b_proj, layer.alpha_proj, layer.g_proj):
-        nn.init.zeros_(gate.weight)
-        if gate.bias is not None:
-            nn.init.zeros_(gate.bias)
-    nn.init.zeros_(layer.A_log)
+        for parameter in () if gate is None else gate.parameters():
+            nn.init.zeros_(parameter)
+    if layer.A_log is not None:
+        nn.init.zeros_(layer.A_log)
     return layer.train(block.training)
 
 

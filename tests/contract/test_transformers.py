@@ -523,6 +523,15 @@ def test_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 # ------------------------------------------------------------------------------------------------ replaced attention
+def test_replaced_layers_may_lack_parts() -> None:
+    parts = ("v_conv", "forgetting_gate", "beta_gate", "alpha_connection", "output_gate")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=2))
+    (layer,) = replace_attention(model, [0], **{f"use_{part}": False for part in parts})
+    assert layer.A_log is None and layer.g_proj is None and layer.v_conv1d is None
+    ids = torch.arange(7)[None]
+    assert model(ids, labels=ids).loss.isfinite()
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_replaced_layers_start_from_the_projections(name: str) -> None:
     torch.manual_seed(0)
