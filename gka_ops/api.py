@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gka_ops import ops  # registers torch.ops.gka
+from gka_ops import modifiers, ops  # registers torch.ops.gka
 from gka_ops import validation as check
+from gka_ops.modifiers import Mod
 from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL
 from gka_ops.recall import Recall, Replay
 from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Impl, Ridge
@@ -75,6 +76,37 @@ def _ridge_tensors(ridge: float | Ridge) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     scale, offset, _ = ridge
     return scale if isinstance(scale, Tensor) else None, offset if isinstance(offset, Tensor) else None
+
+
+def _with_mods(
+    op: str, q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, gate: DecayGate | None,
+    decay_mod: Mod | None, query_mod: Mod | None, key_mod: Mod | None,
+) -> tuple[Tensor, Tensor, Tensor | None, DecayGate | None]:  # fmt: skip
+    """q, k, the log decay and the gate that is still to be applied to it, as the modifiers want them."""
+    check.check_qkv(op, q, k, v)
+    check.check_per_token(op, "log_decay", log_decay, q)
+    A_log, dt_bias = check.check_gate(op, gate, log_decay, q)
+    if decay_mod is not None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        g = q.new_zeros(q.shape[:3], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+        if A_log is not None:
+            g = -A_log.exp() * torch.nn.functional.softplus(g if dt_bias is None else g + dt_bias)
+        log_decay, gate = modifiers.apply_mod(op, "decay_mod", decay_mod, g), None
+    if query_mod is not None:
+        q = modifiers.apply_mod(op, "query_mod", query_mod, q)
+    if key_mod is not None:
+        k = modifiers.apply_mod(op, "key_mod", key_mod, k)
+    return q, k, log_decay, gate
+
+
+def _ridge_program(op: str, ridge_mod: Mod, ridge: float | Ridge, q: Tensor, count: int) -> tuple[str, Tensor | None]:
+    """What the operator is given of a ``ridge_mod``; nothing without a solve."""
+    if isinstance(ridge, Ridge):
+        raise ValueError(
+            f"{op}: expected ridge to be a number where ridge_mod says what λ is, the least λ/‖H‖ that it returns, "
+            "got a Ridge"
+        )
+    return modifiers.ridge_program(op, ridge_mod, q) if count > 0 else ("", None)
 
 
 def _check_tokens(
@@ -152,6 +184,10 @@ def chunk_gka(
     initial_state: GKAState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    ridge_mod: Mod | None = None,
+    decay_mod: Mod | None = None,
+    query_mod: Mod | None = None,
+    key_mod: Mod | None = None,
     impl: Impl = "auto",
 ) -> GKAOutput:
     r"""Gated KalmaNet attention over whole sequences: solve, mix and read out (MATH.md §1–2).
@@ -181,6 +217,12 @@ def chunk_gka(
         output_final_state: whether to return the state after the last token of every sequence.
         cu_seqlens: int32 or int64 [N + 1], boundaries of N sequences packed along T (then B = 1), from 0 to T. An empty
             sequence passes its state through.
+        ridge_mod: ``ridge_mod(fro, b, h, t)`` is λ of a token from ‖H_t‖_F, its batch row, head and index: a pointwise
+            function that may use tensors, with gradients (see ``gka_ops.modifiers``). ``ridge`` is then a number, the
+            least λ/‖H‖ that it returns, and serves ``"auto"`` alone. Without second derivatives.
+        decay_mod: ``decay_mod(g, b, h, t)`` is the log decay from g [B, T, H], the gate's or ``log_decay``.
+        query_mod: ``query_mod(q, b, h, t)`` is the query from q [B, T, H, D], before ``qk_l2norm``.
+        key_mod: ``key_mod(k, b, h, t)``, the key from k [B, T, Hkv, D], likewise.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
@@ -196,7 +238,10 @@ def chunk_gka(
     gradient. Second derivatives are those of the exact solve, in fp64 and token by token: for small problems, and in
     eager mode only. Forward-mode differentiation raises ``NotImplementedError``.
     """
-    signature, call, outputs = (None, None, None) if torch.compiler.is_compiling() else _recall(
+    if decay_mod is not None or query_mod is not None or key_mod is not None:
+        q, k, log_decay, gate = _with_mods("chunk_gka", q, k, v, log_decay, gate, decay_mod, query_mod, key_mod)
+    known = ridge_mod is None and not torch.compiler.is_compiling()
+    signature, call, outputs = (None, None, None) if not known else _recall(
         _chunk_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, initial_state, cu_seqlens,
         num_iter, tol, scale, qk_l2norm, output_final_state, impl,
     )  # fmt: skip
@@ -211,11 +256,15 @@ def chunk_gka(
             _chunk_gka_calls.keep(signature, call)
     r, b, count, factor, saves = call.checked
     r_tensor, b_tensor = _ridge_tensors(ridge)
+    program = ""
+    if ridge_mod is not None:
+        program, r_tensor = _ridge_program("chunk_gka", ridge_mod, ridge, q, count)
+        saves = saves or _needs_grad(r_tensor)
     A_log, dt_bias = (None, None) if gate is None else gate
     kk, kv = (None, None) if initial_state is None else initial_state
     args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, cu_seqlens,
-        r, b, count, factor, qk_l2norm, output_final_state, saves, impl,
+        r, b, count, factor, qk_l2norm, output_final_state, saves, program, impl,
     )  # fmt: skip
     output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(*args)
     if signature is not None:
@@ -237,6 +286,10 @@ def chunk_solve(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    ridge_mod: Mod | None = None,
+    decay_mod: Mod | None = None,
+    query_mod: Mod | None = None,
+    key_mod: Mod | None = None,
     impl: Impl = "auto",
 ) -> ChunkSolveOutput:
     r"""The ridge-regression solve alone: x_t = (H_t + λ_t I)^{-1} q_t for every token (MATH.md §1–3).
@@ -254,6 +307,8 @@ def chunk_solve(
         TypeError: a dtype or an argument type is not as documented.
     """
     op = "chunk_solve"
+    if decay_mod is not None or query_mod is not None or key_mod is not None:
+        q, k, log_decay, gate = _with_mods(op, q, k, None, log_decay, gate, decay_mod, query_mod, key_mod)
     r, b, r_tensor, b_tensor, A_log, dt_bias, count = _check_tokens(
         op, q, k, None, log_decay, None, beta, gate, ridge, num_iter, tol
     )
@@ -262,9 +317,12 @@ def chunk_solve(
     check.check_flag(op, "output_final_state", output_final_state)
     check.check_backend(op, impl, q)
     check.check_kk(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q)
+    program = ""
+    if ridge_mod is not None:
+        program, r_tensor = _ridge_program(op, ridge_mod, ridge, q, count)
     x, final_kk, _ = torch.ops.gka.chunk_solve(
         q, k, log_decay, beta, r_tensor, b_tensor, A_log, dt_bias, initial_state, cu_seqlens,
-        r, b, count, qk_l2norm, output_final_state, impl,
+        r, b, count, qk_l2norm, output_final_state, program, impl,
     )  # fmt: skip
     return ChunkSolveOutput(x, final_kk if output_final_state else None)
 
@@ -285,6 +343,10 @@ def recurrent_gka(
     scale: float | None = None,
     qk_l2norm: bool = False,
     gate: DecayGate | None = None,
+    ridge_mod: Mod | None = None,
+    decay_mod: Mod | None = None,
+    query_mod: Mod | None = None,
+    key_mod: Mod | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Decode: advances ``state`` **in place** by the T given tokens of every sequence and returns their outputs.
@@ -306,7 +368,10 @@ def recurrent_gka(
         TypeError: a dtype or an argument type is not as documented.
         RuntimeError: an input requires a gradient while gradients are enabled.
     """
-    signature, call, outputs = (None, None, None) if torch.compiler.is_compiling() else _recall(
+    if decay_mod is not None or query_mod is not None or key_mod is not None:
+        q, k, log_decay, gate = _with_mods("recurrent_gka", q, k, v, log_decay, gate, decay_mod, query_mod, key_mod)
+    known = ridge_mod is None and not torch.compiler.is_compiling()
+    signature, call, outputs = (None, None, None) if not known else _recall(
         _recurrent_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, state, state_indices,
         num_iter, tol, scale, qk_l2norm, impl,
     )  # fmt: skip
@@ -320,10 +385,13 @@ def recurrent_gka(
             _recurrent_gka_calls.keep(signature, call)
     r, b, count, factor = call.checked
     r_tensor, b_tensor = _ridge_tensors(ridge)
+    program = ""
+    if ridge_mod is not None:
+        program, r_tensor = _ridge_program("recurrent_gka", ridge_mod, ridge, q, count)
     A_log, dt_bias = (None, None) if gate is None else gate
     args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, *state, state_indices,
-        r, b, count, factor, qk_l2norm, impl,
+        r, b, count, factor, qk_l2norm, program, impl,
     )  # fmt: skip
     output = torch.ops.gka.recurrent_gka(*args)
     if signature is not None:

@@ -8,7 +8,9 @@ NOTE [Operator conventions]
     states when ``output_final_state`` is false, the residuals when ``save_x`` is false, the gradient of an absent
     input.
   * The ridge is λ_t = r_t·‖H_t‖_F + b_t. ``ridge_scale_tensor`` [H] or [B, T, H] stands for r when given, else the
-    float ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b.
+    float ``ridge_scale`` does; likewise ``ridge_offset_tensor`` and ``ridge_offset`` for b. With a program in
+    ``ridge_mod`` (``modifiers``; only where ``num_iter > 0``) λ_t is its value instead, and ``ridge_scale_tensor``
+    [B, T, H, n] holds its leaves.
   * With ``A_log``, ``log_decay`` holds the raw gate projection a, and log decay = −exp(A_log)·softplus(a + dt_bias).
   * Residuals: ``x`` and ``fro`` = ‖H_t‖_F [B, T, H]; not differentiable. For 16-bit inputs ``x`` holds fp16 rows x̂ of
     x_t = x_query·q_t + x_scale·x̂_t, with q_t the (normalised) query and x_query = <x_t, q_t>/<q_t, q_t>; otherwise it
@@ -69,18 +71,18 @@ _SCALARS = "float ridge_scale, float ridge_offset, int num_iter"
 SCHEMAS: dict[str, str] = {
     "chunk_solve": (
         f"({_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? cu_seqlens, "
-        f"{_SCALARS}, bool qk_l2norm, bool output_final_state, str impl) -> (Tensor x, Tensor final_kk, Tensor fro)"
+        f"{_SCALARS}, bool qk_l2norm, bool output_final_state, str ridge_mod, str impl) -> (Tensor x, Tensor final_kk, Tensor fro)"
     ),
     "chunk_solve_backward": (
         f"(Tensor dx, Tensor? d_final_kk, {_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, "
-        f"Tensor? initial_kk, Tensor? cu_seqlens, Tensor x, Tensor fro, {_SCALARS}, bool qk_l2norm, str impl) -> "
+        f"Tensor? initial_kk, Tensor? cu_seqlens, Tensor x, Tensor fro, {_SCALARS}, bool qk_l2norm, str ridge_mod, str impl) -> "
         "(Tensor dq, Tensor dk, Tensor d_log_decay, Tensor d_beta, Tensor d_ridge_scale, Tensor d_ridge_offset, "
         "Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk)"
     ),
     "chunk_gka": (
         f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, "
         f"Tensor? initial_kv, Tensor? cu_seqlens, {_SCALARS}, float scale, bool qk_l2norm, bool output_final_state, "
-        "bool save_x, str impl) -> "
+        "bool save_x, str ridge_mod, str impl) -> "
         "(Tensor output, Tensor final_kk, Tensor final_kv, Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, "
         "Tensor boundary_kk, Tensor boundary_kv)"
     ),
@@ -88,13 +90,13 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor d_output, Tensor? d_final_kk, Tensor? d_final_kv, {_KEYS}, Tensor v, Tensor? log_decay, "
         f"Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? initial_kv, Tensor? cu_seqlens, "
         "Tensor x, Tensor x_scale, Tensor x_query, Tensor fro, Tensor boundary_kk, Tensor boundary_kv, "
-        f"{_SCALARS}, float scale, bool qk_l2norm, str impl) -> "
+        f"{_SCALARS}, float scale, bool qk_l2norm, str ridge_mod, str impl) -> "
         "(Tensor dq, Tensor dk, Tensor dv, Tensor d_log_decay, Tensor d_alpha, Tensor d_beta, Tensor d_ridge_scale, "
         "Tensor d_ridge_offset, Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk, Tensor d_initial_kv)"
     ),
     "recurrent_gka": (
         f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor(a!) kk, "
-        f"Tensor(b!) kv, Tensor? state_indices, {_SCALARS}, float scale, bool qk_l2norm, str impl) -> Tensor"
+        f"Tensor(b!) kv, Tensor? state_indices, {_SCALARS}, float scale, bool qk_l2norm, str ridge_mod, str impl) -> Tensor"
     ),
 }
 
@@ -130,7 +132,7 @@ def _like(tensor: Tensor | None, q: Tensor) -> Tensor:
 @torch.library.register_fake("gka::chunk_solve", lib=_library)
 def _chunk_solve_fake(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
-    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, impl,
+    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, ridge_mod, impl,
 ):  # fmt: skip
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
@@ -144,7 +146,7 @@ def _chunk_solve_fake(
 @torch.library.register_fake("gka::chunk_solve_backward", lib=_library)
 def _chunk_solve_backward_fake(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
-    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, impl,
+    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, ridge_mod, impl,
 ):  # fmt: skip
     inputs = (q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk)
     return tuple(_like(t, q) for t in inputs)
@@ -153,7 +155,8 @@ def _chunk_solve_backward_fake(
 @torch.library.register_fake("gka::chunk_gka", lib=_library)
 def _chunk_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
-    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, impl,
+    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, ridge_mod,
+    impl,
 ):  # fmt: skip
     dtype = state_dtype(q.dtype)
     B, T, H, D = q.shape
@@ -184,7 +187,7 @@ def _chunk_gka_fake(
 def _chunk_gka_backward_fake(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
-    ridge_offset, num_iter, scale, qk_l2norm, impl,
+    ridge_offset, num_iter, scale, qk_l2norm, ridge_mod, impl,
 ):  # fmt: skip
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
@@ -196,7 +199,7 @@ def _chunk_gka_backward_fake(
 @torch.library.register_fake("gka::recurrent_gka", lib=_library)
 def _recurrent_gka_fake(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
-    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, impl,
+    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, ridge_mod, impl,
 ):  # fmt: skip
     B, T, H, _ = q.shape
     return q.new_empty(B, T, H, v.shape[-1])
@@ -305,12 +308,12 @@ def _present(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -
 
 
 def _chunk_solve_setup(ctx, inputs, output):
-    *tensors, ridge_scale, ridge_offset, num_iter, qk_l2norm, _, impl = inputs
+    *tensors, ridge_scale, ridge_offset, num_iter, qk_l2norm, _, ridge_mod, impl = inputs
     x, _, fro = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(fro)
     ctx.save_for_backward(*tensors, x, fro)
-    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), qk_l2norm, impl)
+    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), qk_l2norm, ridge_mod, impl)
 
 
 def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
@@ -321,17 +324,17 @@ def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
         d_final_kk = None
     gradients = torch.ops.gka.chunk_solve_backward(dx, d_final_kk, *inputs, x, fro, *ctx.scalars)
     *differentiable, _cu_seqlens = inputs
-    return *_present(gradients, tuple(differentiable)), None, None, None, None, None, None, None
+    return *_present(gradients, tuple(differentiable)), *[None] * 8
 
 
 def _chunk_gka_setup(ctx, inputs, output):
-    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, save_x, impl = inputs
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, save_x, ridge_mod, impl = inputs
     _, _, _, *residuals = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*residuals)
     ctx.save_for_backward(*tensors, *residuals)
     ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
-    ctx.recomputes, ctx.impl = num_iter > 0 and not save_x, impl
+    ctx.recomputes, ctx.mod_and_impl = num_iter > 0 and not save_x, (ridge_mod, impl)
 
 
 def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
@@ -340,7 +343,7 @@ def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
     if ctx.recomputes:
         with torch.no_grad():
             _, _, _, x, x_scale, x_query, fro, boundary_kk, boundary_kv = torch.ops.gka.chunk_gka(
-                *inputs, *ctx.scalars, False, True, ctx.impl
+                *inputs, *ctx.scalars, False, True, *ctx.mod_and_impl
             )
     if d_output is None:
         q, _, v = inputs[:3]
@@ -349,14 +352,16 @@ def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
     d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
     gradients = torch.ops.gka.chunk_gka_backward(
         d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
-        ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, ctx.impl,
+        ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, *ctx.mod_and_impl,
     )  # fmt: skip
     *differentiable, _cu_seqlens = inputs
-    return *_present(gradients, tuple(differentiable)), *[None] * 9
+    return *_present(gradients, tuple(differentiable)), *[None] * 10
 
 
-def _double_backward(op: str, upstream: Tensor) -> Any:
+def _double_backward(op: str, upstream: Tensor, ridge_mod: str) -> Any:
     """The module with the second derivatives. A graph of theirs would hold every token's solve, one after the other."""
+    if ridge_mod:
+        raise NotImplementedError(f"{op}: expected first derivatives alone with a ridge_mod, got second ones")
     if detect_fake_mode(upstream) is not None:
         raise NotImplementedError(f"{op}: expected second derivatives in eager mode only, got a traced graph")
     from gka_ops.reference import double_backward
@@ -365,29 +370,30 @@ def _double_backward(op: str, upstream: Tensor) -> Any:
 
 
 def _chunk_solve_backward_setup(ctx, inputs, output):
-    dx, d_final_kk, *tensors, _x, _fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, _impl = inputs
+    dx, d_final_kk, *tensors, _x, _fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, ridge_mod, _impl = inputs
     ctx.save_for_backward(dx, d_final_kk, *tensors)
-    ctx.scalars = (ridge_scale, ridge_offset, num_iter, qk_l2norm)
+    ctx.scalars, ctx.ridge_mod = (ridge_scale, ridge_offset, num_iter, qk_l2norm), ridge_mod
 
 
 def _chunk_solve_backward_vjp(ctx, *cotangents):
     dx, d_final_kk, *inputs, cu_seqlens = ctx.saved_tensors
-    double_backward, upstream = _double_backward("chunk_solve", dx), (dx, d_final_kk)
+    double_backward, upstream = _double_backward("chunk_solve", dx, ctx.ridge_mod), (dx, d_final_kk)
     d_upstream, d_inputs = double_backward.chunk_solve(cotangents, upstream, inputs, cu_seqlens, *ctx.scalars)
-    return *d_upstream, *d_inputs, *[None] * 8
+    return *d_upstream, *d_inputs, *[None] * 9
 
 
 def _chunk_gka_backward_setup(ctx, inputs, output):
-    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _impl = inputs
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, ridge_mod, _impl = inputs
     ctx.save_for_backward(*tensors[:16])  # without what the forward saved
-    ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
+    ctx.scalars, ctx.ridge_mod = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm), ridge_mod
 
 
 def _chunk_gka_backward_vjp(ctx, *cotangents):
     d_output, d_final_kk, d_final_kv, *inputs, cu_seqlens = ctx.saved_tensors
-    double_backward, upstream = _double_backward("chunk_gka", d_output), (d_output, d_final_kk, d_final_kv)
+    double_backward = _double_backward("chunk_gka", d_output, ctx.ridge_mod)
+    upstream = d_output, d_final_kk, d_final_kv
     d_upstream, d_inputs = double_backward.chunk_gka(cotangents, upstream, inputs, cu_seqlens, *ctx.scalars)
-    return *d_upstream, *d_inputs, *[None] * 13
+    return *d_upstream, *d_inputs, *[None] * 14
 
 
 def _refuse_forward_mode(op: str) -> None:

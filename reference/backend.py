@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gka_ops import modifiers
 from gka_ops.reference import adjoint, chebyshev
 from gka_ops.reference.chebyshev import Inputs, compute_dtype
 
@@ -38,6 +39,28 @@ def _inputs(
         A_log=A_log, dt_bias=dt_bias, initial_kk=initial_kk, initial_kv=initial_kv, cu_seqlens=cu_seqlens,
         qk_l2norm=qk_l2norm,
     )  # fmt: skip
+
+
+def _with_tangent(inputs: Inputs, ridge_mod: str, fro: Tensor | None = None) -> tuple[Inputs, Tensor | None]:
+    """The inputs with r and b of a ``ridge_mod``'s tangent (``modifiers``) in the place of its leaves, and ‖H_t‖_F."""
+    if not ridge_mod:
+        return inputs, fro
+    leaves = inputs.ridge_scale if isinstance(inputs.ridge_scale, Tensor) else None
+    if fro is None or fro.ndim == 1:
+        plain = inputs._replace(v=_without_values(inputs.k), ridge_scale=0.0, ridge_offset=0.0, initial_kv=None)
+        fro = chebyshev.forward(plain, 0).fro
+    slope, offset = modifiers.linearised(ridge_mod, fro, leaves)
+    return inputs._replace(ridge_scale=slope, ridge_offset=offset), fro
+
+
+def _of_leaves(
+    ridge_mod: str, leaves: Tensor | None, d_scale: Tensor | None, d_offset: Tensor | None, fro: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the ridge's two tensors: with a ``ridge_mod`` of its leaves, and nothing."""
+    if not ridge_mod:
+        return d_scale, d_offset
+    assert fro is not None and d_offset is not None  # _with_tangent
+    return None if leaves is None else modifiers.leaf_gradients(ridge_mod, d_offset, fro, leaves), None
 
 
 def _without_values(k: Tensor) -> Tensor:
@@ -94,6 +117,7 @@ def chunk_solve(
     num_iter: int,
     qk_l2norm: bool,
     output_final_state: bool,
+    ridge_mod: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, T, H, D] and ‖H_t‖_F [B, T, H] in the compute dtype, and H after each sequence [N, H, D, D].
 
@@ -104,6 +128,7 @@ def chunk_solve(
         q, k, _without_values(k), log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
+    inputs, _ = _with_tangent(inputs, ridge_mod)
     result = chebyshev.forward(inputs, num_iter)
     return result.x, result.final_kk if output_final_state else _empty(q), result.fro
 
@@ -127,6 +152,7 @@ def chunk_solve_backward(
     ridge_offset: float,
     num_iter: int,
     qk_l2norm: bool,
+    ridge_mod: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``chunk_solve`` from those of x and of the final H; ``x`` and ``fro`` are its outputs.
 
@@ -139,14 +165,15 @@ def chunk_solve_backward(
         initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
     d_output = dx.new_empty(*dx.shape[:3], 0)
+    inputs, fro = _with_tangent(inputs, ridge_mod, fro)
     g = adjoint.backward(inputs, x, fro, d_output, dx, d_final_kk, None, num_iter)
+    d_ridge = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, fro)
     gradients = (
         g.dq,
         g.dk,
         g.d_log_decay,
         g.d_beta,
-        g.d_ridge_scale,
-        g.d_ridge_offset,
+        *d_ridge,
         g.d_A_log,
         g.d_dt_bias,
         g.d_initial_kk,
@@ -175,6 +202,7 @@ def chunk_gka(
     qk_l2norm: bool,
     output_final_state: bool,
     save_x: bool,
+    ridge_mod: str,
 ) -> tuple[Tensor, ...]:
     """o [B, T, H, V] in the dtype of q, the final states, and with ``save_x`` what the backward needs.
 
@@ -186,6 +214,7 @@ def chunk_gka(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
+    inputs, _ = _with_tangent(inputs, ridge_mod)
     result = chebyshev.forward(inputs, num_iter, scale)
     x, x_scale, x_query, fro = _empty(q, _residual_dtype(q.dtype)), _empty(q), _empty(q), _empty(q)
     if save_x and num_iter > 0:
@@ -224,6 +253,7 @@ def chunk_gka_backward(
     num_iter: int,
     scale: float,
     qk_l2norm: bool,
+    ridge_mod: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``chunk_gka``. With ``num_iter > 0`` and an empty ``x``, x and ‖H_t‖_F are computed anew.
 
@@ -235,12 +265,15 @@ def chunk_gka_backward(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
+    inputs, norms = _with_tangent(inputs, ridge_mod, fro)
     if num_iter > 0 and x.ndim == 1:
         result = chebyshev.forward(inputs, num_iter, scale)
-        rows, fro = result.x, result.fro
+        rows, norms = result.x, result.fro
     else:
         rows = unpack_rows(x, x_scale, x_query, _query(q, qk_l2norm))
-    gradients = adjoint.backward(inputs, rows, fro, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
+    g = adjoint.backward(inputs, rows, norms, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
+    d_scale, d_offset = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, norms)
+    gradients = g._replace(d_ridge_scale=d_scale, d_ridge_offset=d_offset)
     return tuple(_empty(q) if gradient is None else gradient for gradient in gradients)
 
 
@@ -263,6 +296,7 @@ def recurrent_gka(
     num_iter: int,
     scale: float,
     qk_l2norm: bool,
+    ridge_mod: str,
 ) -> Tensor:
     """Decode (docs/math.md §5): advances the pool ``kk`` [S, H, D, D], ``kv`` [S, H, D, V] in place, token by token.
 
@@ -276,6 +310,9 @@ def recurrent_gka(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         None, None, None, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
+    leaves = ridge_scale_tensor if ridge_mod else None
+    if ridge_mod:  # every token's tangent is that at its own norm
+        inputs = inputs._replace(ridge_scale=0.0, ridge_offset=0.0)
     B, T, H = q.shape[:3]
     output = q.new_zeros(B, T, H, v.shape[-1])
     if state_indices is None:
@@ -295,7 +332,11 @@ def recurrent_gka(
         U_t = decay * U_t + now.k[..., :, None] * now.v[..., None, :]
         m = now.q
         if num_iter > 0:
-            x = chebyshev.dense_solve(H_t, now.q, now.r, now.b, num_iter)
+            slope, offset = now.r, now.b
+            if ridge_mod:
+                of_token = None if leaves is None else leaves[rows, t]
+                slope, offset = modifiers.linearised(ridge_mod, chebyshev.frobenius_norm(H_t), of_token)
+            x = chebyshev.dense_solve(H_t, now.q, slope, offset, num_iter)
             m = chebyshev.mix(now.q, x, now.alpha)
         output[rows, t] = (scale * (m[..., None, :] @ U_t)[..., 0, :]).to(q.dtype)
     kk.index_copy_(0, slots, H_t)
