@@ -396,9 +396,9 @@ def leaf_count(node: Node) -> int:
 
 
 def linearised(program: str, fro: Tensor, leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-    """r = ∂λ/∂F and b = λ − r F of every token, like ``fro`` [B, T, H]."""
+    """r = ∂λ/∂F, 0 where H vanishes, and b = λ − r F of every token, like ``fro`` [B, T, H]."""
     node, variables = parse(program), _variables(fro, leaves)
-    slope = evaluate(derivative(node, "F"), variables)
+    slope = torch.where(fro > 0, evaluate(derivative(node, "F"), variables), 0.0)
     return slope, evaluate(node, variables) - slope * fro
 
 

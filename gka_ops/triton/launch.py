@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gka_ops import modifiers
 from gka_ops.autotune import choice, device
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.key import Problem, bucket
@@ -36,6 +37,7 @@ from gka_ops.triton.kernels.chunk_solve_hopper import chunk_solve_hopper_kernel
 from gka_ops.triton.kernels.chunk_state import chunk_state_kernel
 from gka_ops.triton.kernels.recurrent import recurrent_kernel
 from gka_ops.triton.launcher import POINTER_ALIGNMENT, launch, replays
+from gka_ops.triton.modified import with_modifier
 from gka_ops.triton.slabs import slab_count
 
 _TRITON_DTYPES = {torch.float16: triton.language.float16, torch.float32: triton.language.float32}
@@ -60,14 +62,14 @@ def _multiprocessors(tensor: Tensor) -> int:
 def _options(
     log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None, A_log: Tensor | None,
     ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None, cu_seqlens: Tensor | None,
-    ridge_offset: float, num_iter: int, qk_l2norm: bool, group: int,
+    ridge_offset: float, num_iter: int, qk_l2norm: bool, group: int, ridge_mod: str,
 ) -> frozenset[str]:  # fmt: skip
     """Those of ``autotune.key.OPTIONS`` that apply to a call."""
     ridge_dims = {ridge.ndim for ridge in (ridge_scale_tensor, ridge_offset_tensor) if ridge is not None}
     applies = {
         "alpha": alpha is not None, "beta": beta is not None, "decay": log_decay is not None and A_log is None,
         "gate": A_log is not None, "gqa": group > 1, "l2norm": qk_l2norm, "ridge_offset": ridge_offset != 0,
-        "ridge_head": 1 in ridge_dims, "ridge_token": 3 in ridge_dims, "solve": num_iter > 0,
+        "ridge_head": 1 in ridge_dims, "ridge_token": 3 in ridge_dims or ridge_mod != "", "solve": num_iter > 0,
         "varlen": cu_seqlens is not None,
     }  # fmt: skip
     return frozenset(option for option, given in applies.items() if given)
@@ -132,7 +134,7 @@ class _Problem:
         beta: Tensor | None, ridge_scale_tensor: Tensor | None, ridge_offset_tensor: Tensor | None,
         A_log: Tensor | None, dt_bias: Tensor | None, initial_kk: Tensor | None, initial_kv: Tensor | None,
         cu_seqlens: Tensor | None, ridge_scale: float, ridge_offset: float, num_iter: int, scale: float,
-        qk_l2norm: bool, *, when: str, training: bool = True,
+        qk_l2norm: bool, ridge_mod: str, *, when: str, training: bool = True,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), _contiguous(v)
         self.log_decay, self.alpha, self.beta = _contiguous(log_decay), _contiguous(alpha), _contiguous(beta)
@@ -140,7 +142,7 @@ class _Problem:
         self.ridge_scale_tensor = _contiguous(ridge_scale_tensor)
         self.ridge_offset_tensor = _contiguous(ridge_offset_tensor)
         self.initial_kk, self.initial_kv = _contiguous(initial_kk), _contiguous(initial_kv)
-        self.scale, self.solve, self.qk_l2norm = scale, num_iter > 0, qk_l2norm
+        self.scale, self.solve, self.qk_l2norm, self.ridge_mod = scale, num_iter > 0, qk_l2norm, ridge_mod
 
         self.B, self.T, self.H, self.D = q.shape
         self.V = self.D if v is None else v.shape[-1]
@@ -152,7 +154,7 @@ class _Problem:
         config = chunk_config(self.block_d, padded(self.V), is_fp32)
         options = _options(
             log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, cu_seqlens, ridge_offset, num_iter,
-            qk_l2norm, self.group,
+            qk_l2norm, self.group, ridge_mod,
         )  # fmt: skip
         sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         problem = Problem(
@@ -190,7 +192,8 @@ class _Problem:
         self.ridge = {
             "ridge_scale_tensor": self.ridge_scale_tensor, "ridge_offset_tensor": self.ridge_offset_tensor,
             "ridge_scale": ridge_scale, "ridge_offset": ridge_offset, "num_iter": num_iter,
-            "CONSTANT_DELTA": ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
+            "CONSTANT_DELTA": not ridge_mod
+            and ridge_scale_tensor is None and ridge_offset_tensor is None and ridge_offset == 0,
             **ridge_kind(ridge_scale_tensor, ridge_offset_tensor),
         }  # fmt: skip
         self.values = {"V": self.V, "BLOCK_V": self.config.block_v, "V_PAD": self.v_pad}
@@ -394,7 +397,7 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     kernel, config = chunk_solve_kernel, p.config.solve
     if _on_hopper(p):
         kernel, config = chunk_solve_hopper_kernel, p.config.solve_hopper
-    launch(kernel, p.chunk_grid(slab),
+    launch(with_modifier(kernel, p.ridge_mod), p.chunk_grid(slab),
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
         **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics, **config.launch_options(),
@@ -462,8 +465,8 @@ def new_gradients(p: _Problem, through_h: bool) -> _Gradients:
         d_log_decay=like(p.log_decay),
         d_alpha=like(p.alpha),
         d_beta=like(p.beta),
-        d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None),
-        d_ridge_offset=p.per_token(p.solve and p.ridge_offset_tensor is not None),
+        d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None and not p.ridge_mod),
+        d_ridge_offset=p.per_token(p.solve and (p.ridge_scale_tensor if p.ridge_mod else p.ridge_offset_tensor) is not None),
         d_A_log=p.new(chunks, p.H).zero_() if partial else None,
         d_dt_bias=p.new(chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
         d_initial_kk=like(p.initial_kk) if through_h else None,
@@ -552,7 +555,7 @@ def adjoint_solve(p: _Problem, slab: _Slab, grad: Tensor, solved: _Solved, w: _W
     kernel, config = chunk_backward_solve_kernel, p.config.backward_solve
     if p.v is not None and _on_hopper(p):
         kernel, config = chunk_backward_solve_hopper_kernel, p.config.backward_solve_hopper
-    launch(kernel, p.chunk_grid(slab),
+    launch(with_modifier(kernel, p.ridge_mod), p.chunk_grid(slab),
         dx=grad if p.v is None else w.dm, THROUGH_READOUT=p.v is not None, q=p.q, k=p.k, **p.gate, alpha=p.alpha,
         beta=p.beta, **solved.stored_x(), fro=solved.fro, kk=w.kk.states, kk_units=w.kk.units, dq=out.dq, y=w.y,
         y_scale=w.y_scale, d_ridge_scale=out.d_ridge_scale, d_ridge_offset=out.d_ridge_offset, w_local=w.w_local,
@@ -671,12 +674,11 @@ def _or_empty(p: _Problem, tensor: Tensor | None) -> Tensor:
 @replays(_configuration)
 def chunk_solve(
     q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, cu_seqlens,
-    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state,
+    ridge_scale, ridge_offset, num_iter, qk_l2norm, output_final_state, ridge_mod,
 ):  # fmt: skip
     p = _Problem(
         q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
-        cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm,
-        when="forward",
+        cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm, ridge_mod, when="forward",
     )  # fmt: skip
     with _on_device(q):
         want_kk = p.solve or output_final_state
@@ -693,11 +695,12 @@ def chunk_solve(
 @replays(_configuration)
 def chunk_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, initial_kv,
-    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x,
+    cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, output_final_state, save_x, ridge_mod,
 ):  # fmt: skip
     p = _Problem(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
-        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="forward", training=save_x,
+        initial_kv, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, ridge_mod, when="forward",
+        training=save_x,
     )  # fmt: skip
     with _on_device(q):
         want_kk = p.solve or output_final_state
@@ -773,6 +776,8 @@ def _backward(
     def of_ridge(per_token: Tensor | None, tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return p.empty()
+        if p.ridge_mod:
+            return modifiers.leaf_gradients(p.ridge_mod, out.d_ridge_offset, solved.fro, tensor)
         if per_token is None:
             return torch.zeros_like(tensor)
         return (per_token if tensor.ndim == 3 else per_token.sum((0, 1))).to(tensor.dtype)
@@ -820,7 +825,7 @@ def _backward_of_nothing(
 @replays(_configuration)
 def chunk_solve_backward(
     dx, d_final_kk, q, k, log_decay, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
-    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm,
+    cu_seqlens, x, fro, ridge_scale, ridge_offset, num_iter, qk_l2norm, ridge_mod,
 ):  # fmt: skip
     inputs = (
         q, k, None, log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk, None,
@@ -828,7 +833,8 @@ def chunk_solve_backward(
     if q.numel() == 0:
         gradients = _backward_of_nothing(inputs, d_final_kk, None, q)
     else:
-        p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm, when="backward")
+        scalars = ridge_scale, ridge_offset, num_iter, 1.0, qk_l2norm
+        p = _Problem(*inputs, cu_seqlens, *scalars, ridge_mod, when="backward")
         gradients = _backward(p, dx, _Pair(d_final_kk), _Solved(x, fro=fro), _NOTHING)
     dq, dk, _, d_log_decay, _, d_beta, *rest, d_initial_kk, _ = gradients
     return dq, dk, d_log_decay, d_beta, *rest, d_initial_kk
@@ -838,7 +844,7 @@ def chunk_solve_backward(
 def chunk_gka_backward(
     d_output, d_final_kk, d_final_kv, q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log,
     dt_bias, initial_kk, initial_kv, cu_seqlens, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
-    ridge_offset, num_iter, scale, qk_l2norm,
+    ridge_offset, num_iter, scale, qk_l2norm, ridge_mod,
 ):  # fmt: skip
     inputs = (
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, initial_kk,
@@ -846,7 +852,8 @@ def chunk_gka_backward(
     )  # fmt: skip
     if q.numel() == 0:
         return _backward_of_nothing(inputs, d_final_kk, d_final_kv, q)
-    p = _Problem(*inputs, cu_seqlens, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, when="backward")
+    scalars = ridge_scale, ridge_offset, num_iter, scale, qk_l2norm
+    p = _Problem(*inputs, cu_seqlens, *scalars, ridge_mod, when="backward")
     packed = x_scale.numel() > 0
     solved = _Solved(x, x_scale if packed else None, x_query if packed else None, fro)
     return _backward(p, d_output, _Pair(d_final_kk, d_final_kv), solved, _Pair(boundary_kk, boundary_kv))
@@ -855,7 +862,7 @@ def chunk_gka_backward(
 @replays(_configuration)
 def recurrent_gka(
     q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias, kk, kv, state_indices,
-    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm,
+    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, ridge_mod,
 ):  # fmt: skip
     B, T, H, D = q.shape
     V = v.shape[-1]
@@ -865,12 +872,12 @@ def recurrent_gka(
     block_d = padded(D)
     options = _options(
         log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, None, ridge_offset, num_iter, qk_l2norm,
-        H // k.shape[2],
+        H // k.shape[2], ridge_mod,
     )  # fmt: skip
     problem = Problem("decode", _DTYPE_NAMES[q.dtype], D, V, 1, bucket(T), bucket(B * H), options)
     config = choice.chosen(recurrent_config(block_d, padded(V), T == 1), problem, _autotune_device(q))
     with _on_device(q):
-        launch(recurrent_kernel, (H, B),
+        launch(with_modifier(recurrent_kernel, ridge_mod), (H, B),
             q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), log_decay=_contiguous(log_decay),
             A_log=_contiguous(A_log), dt_bias=_contiguous(dt_bias), alpha=_contiguous(alpha), beta=_contiguous(beta),
             ridge_scale_tensor=_contiguous(ridge_scale_tensor), ridge_offset_tensor=_contiguous(ridge_offset_tensor),

@@ -327,6 +327,12 @@ def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):
             return tl.where(m_t, b, b)
 
 
+@triton.jit
+def linearised(fro, scale, offset):
+    """(r, b) [C] of λ = r F + b from what :func:`load_ridge` loaded. ``modified`` puts a modifier's tangent here."""
+    return scale, offset
+
+
 # ------------------------------------------------------------------------------------------------------- the system
 @triton.jit
 def state_unit(bound):

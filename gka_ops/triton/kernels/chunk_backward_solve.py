@@ -14,6 +14,7 @@ from gka_ops.triton.primitives import (
     formed_anew,
     key_weight,
     load_log_decay,
+    linearised,
     load_ridge,
     load_scalars,
     load_solution,
@@ -119,6 +120,7 @@ def chunk_backward_solve_kernel(
     kappa = tl.where(m_t, key_weight(b_k, unit_k, b_beta, QK_L2NORM, NORM_EPS), 0.0)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
+    b_ridge, b_offset = linearised(b_fro, b_ridge, b_offset)
     inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
     b_k = b_k.to(OPERAND)
     # Adding nothing of a product's makes Ψ a tile of the tensor cores' layout, where a thread has two rows, not 32.

@@ -14,6 +14,7 @@ from gka_ops.triton.primitives import (
     formed_anew,
     key_weight,
     load_log_decay,
+    linearised,
     load_ridge,
     load_scalars,
     load_tile,
@@ -121,6 +122,7 @@ def chunk_backward_solve_hopper_kernel(
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
     b_alpha = load_scalars(alpha, o_row, m_t, 1.0)
     b_pi = load_scalars(pi, o_row, m_t, 0.0)
+    b_ridge, b_offset = linearised(b_fro, b_ridge, b_offset)
     async_copy.async_copy_global_to_shared(s_h, p_h)
     async_copy.async_copy_global_to_shared(s_dx, p_dx, (o_d32 < D)[None, :])
     async_copy.commit_group()

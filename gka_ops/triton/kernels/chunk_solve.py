@@ -13,6 +13,7 @@ from gka_ops.triton.primitives import (
     frobenius_norm,
     key_weight,
     load_log_decay,
+    linearised,
     load_ridge,
     load_scalars,
     load_tile,
@@ -101,6 +102,7 @@ def chunk_solve_kernel(
     tl.store(fro + o_row, b_fro, mask=m_t)
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
+    b_ridge, b_offset = linearised(b_fro, b_ridge, b_offset)
     inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
     phi, b_psi = operator_weights(weight_h, unit_h, kappa, gamma, b_m)
     if CONSTANT_DELTA:

@@ -17,6 +17,7 @@ from gka_ops.triton.primitives import (
     formed_anew,
     key_weight,
     load_log_decay,
+    linearised,
     load_ridge,
     load_scalars,
     load_tile,
@@ -145,6 +146,7 @@ def chunk_solve_hopper_kernel(
 
     b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, o_row, m_t, i_h, SCALE_PER_TOKEN)
     b_offset = load_ridge(ridge_offset_tensor, ridge_offset, o_row, m_t, i_h, OFFSET_PER_TOKEN)
+    b_ridge, b_offset = linearised(b_fro, b_ridge, b_offset)
     inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, CONSTANT_DELTA)
     phi = gl.convert_layout(gamma * unit_h * weight_h, ROWS)[:, None]
     b_psi = b_m * gl.convert_layout(weight_h, S_ROWS)[:, None] * gl.convert_layout(square, S_COLUMNS)[None, :]

@@ -12,6 +12,7 @@ import triton.language as tl
 from gka_ops.triton.primitives import (
     formed_anew,
     load_log_decay,
+    linearised,
     load_ridge,
     load_scalars,
     normalise,
@@ -208,6 +209,7 @@ def recurrent_kernel(
             b_fro = tl.sqrt(over_columns(over_rows(b_h * b_h, CHAINS)))
             b_ridge = load_ridge(ridge_scale_tensor, ridge_scale, i_row, True, i_h, SCALE_PER_TOKEN)
             b_offset = load_ridge(ridge_offset_tensor, ridge_offset, i_row, True, i_h, OFFSET_PER_TOKEN)
+            b_ridge, b_offset = linearised(b_fro, b_ridge, b_offset)
             inv_eta, weight_h = normalise(b_fro, b_ridge, b_offset, FRO_MIN, False)
             b_x = solve(b_q, b_h, weight_h, 1 - b_fro * weight_h, num_iter, CHAINS) * (weight_q * inv_eta)
             b_mix = (1 - b_alpha) * b_mix + b_alpha * b_x
