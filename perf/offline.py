@@ -31,10 +31,12 @@ class Compiled(NamedTuple):
     cubin: bytes
 
 
-def launches(D: int, V: int, dtype: str, num_iter: int, **config: Any) -> list[tuple[Any, dict[str, Any]]]:
+def launches(
+    D: int, V: int, dtype: str, num_iter: int, ridge_mod: str = "", leaves: int = 0, **config: Any
+) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that ``chunk_gka`` and its backward launch on a Hopper card, with their arguments.
 
-    ``config``: fields of :class:`~gka_ops.autotune.config.ChunkConfig` that are not to be what the heuristic says.
+    ``ridge_mod``: a modifier's program, and its number of leaves. ``config``: fields of :class:`~gka_ops.autotune.config.ChunkConfig` that are not to be what the heuristic says.
     """
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -48,7 +50,8 @@ def launches(D: int, V: int, dtype: str, num_iter: int, **config: Any) -> list[t
         return torch.rand(B, T, H, *shape, generator=generator)
 
     q, k, v = (randn(size).to(DTYPES[dtype]) for size in (D, D, V))
-    inputs = (q, k, v, -randn(), randn(), randn(), *[None] * 6)
+    of_ridge = randn(leaves) if leaves else None
+    inputs = (q, k, v, -randn(), randn(), randn(), of_ridge, *[None] * 5)
     options = (0.02, 0.0, num_iter, D**-0.5, True)
     with mock.patch.multiple(
         launch,
@@ -59,8 +62,8 @@ def launches(D: int, V: int, dtype: str, num_iter: int, **config: Any) -> list[t
     ):
         forward: Any = launch.chunk_gka
         backward: Any = launch.chunk_gka_backward
-        output, _, _, *saved = forward.__wrapped__(*inputs, None, *options, False, True)
-        backward.__wrapped__(torch.ones_like(output), None, None, *inputs, None, *saved, *options)
+        output, _, _, *saved = forward.__wrapped__(*inputs, None, *options, False, True, ridge_mod)
+        backward.__wrapped__(torch.ones_like(output), None, None, *inputs, None, *saved, *options, ridge_mod)
     return list(found.values())
 
 
