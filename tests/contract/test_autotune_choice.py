@@ -330,9 +330,9 @@ def test_overrides_reach_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         autotune.override("state", block_state=32),
         autotune.override("recurrent", chains=4),
     ):
-        launch.chunk_gka(q, k, v, *tensors, None, None, 0.02, 0.0, 5, 1.0, True, False, False)
+        launch.chunk_gka(q, k, v, *tensors, None, None, 0.02, 0.0, 5, 1.0, True, False, False, "")
         step = (x[:, :1] for x in (q, k, v))
-        launch.recurrent_gka(*step, *tensors[:7], state, state.clone(), None, 0.02, 0.0, 5, 1.0, True)
+        launch.recurrent_gka(*step, *tensors[:7], state, state.clone(), None, 0.02, 0.0, 5, 1.0, True, "")
     assert launched["chunk_readout_kernel"]["num_warps"] == 2
     assert launched["chunk_state_kernel"]["BLOCK_N"] == 32
     assert launched["recurrent_kernel"]["CHAINS"] == 4

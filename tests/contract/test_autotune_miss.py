@@ -172,10 +172,10 @@ def test_launches_say_whether_they_train(monkeypatch: pytest.MonkeyPatch) -> Non
     state = torch.zeros(1, 2, 64, 64)
     tensors = (None,) * 8
     for save_x in (False, True):
-        launch.chunk_gka(q, k, v, *tensors, None, None, 0.02, 0.0, 5, 1.0, True, False, save_x)
-    launch.chunk_solve(q, k, *tensors, 0.02, 0.0, 5, True, False)
+        launch.chunk_gka(q, k, v, *tensors, None, None, 0.02, 0.0, 5, 1.0, True, False, save_x, "")
+    launch.chunk_solve(q, k, *tensors, 0.02, 0.0, 5, True, False, "")
     step = (x[:, :1] for x in (q, k, v))
-    launch.recurrent_gka(*step, *tensors[:7], state, state.clone(), None, 0.02, 0.0, 5, 1.0, True)
+    launch.recurrent_gka(*step, *tensors[:7], state, state.clone(), None, 0.02, 0.0, 5, 1.0, True, "")
     assert seen == [False, True, True, False]
 
 

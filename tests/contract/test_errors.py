@@ -499,7 +499,7 @@ def test_cu_seqlens_values(op: str, offsets: list[int], raw: bool) -> None:
         names = ["q", "k", "v"] if op == "chunk_gka" else ["q", "k"]
         absent = [None] * (9 if op == "chunk_gka" else 7)
         flags = [1.0, False, False, False] if op == "chunk_gka" else [False, False]
-        operands = [*(bad[name] for name in names), *absent, bad["cu_seqlens"], 0.02, 0.0, 3, *flags, "reference"]
+        operands = [*(bad[name] for name in names), *absent, bad["cu_seqlens"], 0.02, 0.0, 3, *flags, "", "reference"]
         call, bad = getattr(torch.ops.gka, op), {}
         with pytest.raises(ValueError, match="cu_seqlens") as raised:
             call(*operands)
@@ -527,11 +527,11 @@ def raw_call(op: str, impl: str) -> Any:
     good = arguments(op)
     q, k, v = good["q"], good["k"], good.get("v")
     if op == "chunk_gka":
-        return torch.ops.gka.chunk_gka(q, k, v, *[None] * 10, 0.02, 0.0, 3, 1.0, False, False, False, impl)
+        return torch.ops.gka.chunk_gka(q, k, v, *[None] * 10, 0.02, 0.0, 3, 1.0, False, False, False, "", impl)
     if op == "chunk_solve":
-        return torch.ops.gka.chunk_solve(q, k, *[None] * 8, 0.02, 0.0, 3, False, False, impl)
+        return torch.ops.gka.chunk_solve(q, k, *[None] * 8, 0.02, 0.0, 3, False, False, "", impl)
     state = good["state"]
-    return torch.ops.gka.recurrent_gka(q, k, v, *[None] * 7, *state, None, 0.02, 0.0, 3, 1.0, False, impl)
+    return torch.ops.gka.recurrent_gka(q, k, v, *[None] * 7, *state, None, 0.02, 0.0, 3, 1.0, False, "", impl)
 
 
 @pytest.mark.parametrize("op", OPERATORS)

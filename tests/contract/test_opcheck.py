@@ -73,9 +73,9 @@ def forward_args(op: str, p: Problem, num_iter: int = 3, final: bool = True, sav
     ridge_and_gate = (r_tensor, b_tensor, p.A_log, p.dt_bias)
     if op == "chunk_solve":
         tensors: Args = (p.q, p.k, p.log_decay, p.beta, *ridge_and_gate, p.initial_kk, p.cu_seqlens)
-        return (*tensors, r, b, num_iter, p.qk_l2norm, final, "reference")
+        return (*tensors, r, b, num_iter, p.qk_l2norm, final, "", "reference")
     tensors = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *ridge_and_gate, p.initial_kk, p.initial_kv, p.cu_seqlens)
-    return (*tensors, r, b, num_iter, 0.5, p.qk_l2norm, final, save_x, "reference")
+    return (*tensors, r, b, num_iter, 0.5, p.qk_l2norm, final, save_x, "", "reference")
 
 
 def backward_args(op: str, p: Problem, num_iter: int = 3) -> Args:
@@ -85,10 +85,10 @@ def backward_args(op: str, p: Problem, num_iter: int = 3) -> Args:
         results = getattr(ops, op)(*forward)
     if op == "chunk_solve":
         x, final_kk, fro = results
-        return (torch.randn_like(x), torch.randn_like(final_kk), *forward[:10], x, fro, *forward[10:14], "reference")
+        return (torch.randn_like(x), torch.randn_like(final_kk), *forward[:10], x, fro, *forward[10:14], "", "reference")
     output, final_kk, final_kv, *residuals = results
     upstream = (torch.randn_like(output), torch.randn_like(final_kk), torch.randn_like(final_kv))
-    return (*upstream, *forward[:13], *residuals, *forward[13:18], "reference")
+    return (*upstream, *forward[:13], *residuals, *forward[13:18], "", "reference")
 
 
 def recurrent_args(p: Problem, num_iter: int = 3, indices: Sequence[int] | None = None) -> Args:
@@ -98,7 +98,7 @@ def recurrent_args(p: Problem, num_iter: int = 3, indices: Sequence[int] | None 
     dtype = torch.promote_types(p.q.dtype, torch.float32)
     pool = (torch.zeros(slots, H, D, D, dtype=dtype), torch.zeros(slots, H, D, p.v.shape[-1], dtype=dtype))
     state_indices = None if indices is None else torch.tensor(indices)
-    return (*forward[:10], *pool, state_indices, *forward[13:18], "reference")
+    return (*forward[:10], *pool, state_indices, *forward[13:18], "", "reference")
 
 
 def args_of(op: str, p: Problem, num_iter: int = 3) -> Args:

@@ -173,11 +173,11 @@ def test_without_saved_x_the_backward_solves_again() -> None:
     p = make_problem(B=2, T=70, D=5, V=3).map(lambda _, t: t.float())
     tensors = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *[None] * 7)
     scalars = (0.02, 0.0, 60, 0.5, False)
-    forward = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "reference")
+    forward = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "", "reference")
     inputs = (cotangents({"output": forward[0]})["output"], None, None, *tensors)
     empty = [torch.empty(0)] * 6
-    first = torch.ops.gka.chunk_gka_backward(*inputs, *forward[3:], *scalars, "reference")
-    again = torch.ops.gka.chunk_gka_backward(*inputs, *empty, *scalars, "reference")
+    first = torch.ops.gka.chunk_gka_backward(*inputs, *forward[3:], *scalars, "", "reference")
+    again = torch.ops.gka.chunk_gka_backward(*inputs, *empty, *scalars, "", "reference")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -191,17 +191,17 @@ def operator_calls(dtype: torch.dtype, num_iter: int, bare: bool) -> list[tuple[
     scalars, save = (0.02, 0.1, num_iter), not bare
     solve = (p.q, p.k, p.log_decay, p.beta, *gates, p.initial_kk, None)
     gka = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *gates, *states, None)
-    x, final_kk, fro = torch.ops.gka.chunk_solve(*solve, *scalars, False, True, "reference")
-    output, *rest = torch.ops.gka.chunk_gka(*gka, *scalars, 0.5, False, True, save, "reference")
+    x, final_kk, fro = torch.ops.gka.chunk_solve(*solve, *scalars, False, True, "", "reference")
+    output, *rest = torch.ops.gka.chunk_gka(*gka, *scalars, 0.5, False, True, save, "", "reference")
     final, residuals = rest[:2], rest[2:]
     finals: tuple[Tensor | None, ...] = (None, None) if bare else tuple(torch.randn_like(t) for t in final)
     pool = tuple(torch.zeros_like(t) for t in final)
-    recurrent = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *gates, *pool, None, *scalars, 0.5, False, "reference")
+    recurrent = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *gates, *pool, None, *scalars, 0.5, False, "", "reference")
     return [
-        ("chunk_solve", (*solve, *scalars, False, not bare, "reference")),
-        ("chunk_solve_backward", (x, None if bare else final_kk, *solve, x, fro, *scalars, False, "reference")),
-        ("chunk_gka", (*gka, *scalars, 0.5, False, not bare, save, "reference")),
-        ("chunk_gka_backward", (output, *finals, *gka, *residuals, *scalars, 0.5, False, "reference")),
+        ("chunk_solve", (*solve, *scalars, False, not bare, "", "reference")),
+        ("chunk_solve_backward", (x, None if bare else final_kk, *solve, x, fro, *scalars, False, "", "reference")),
+        ("chunk_gka", (*gka, *scalars, 0.5, False, not bare, save, "", "reference")),
+        ("chunk_gka_backward", (output, *finals, *gka, *residuals, *scalars, 0.5, False, "", "reference")),
         ("recurrent_gka", recurrent),
     ]
 
@@ -542,7 +542,7 @@ def test_decode_refuses_gradients() -> None:
         decode(problem, state)
     p = problem
     with pytest.raises(RuntimeError, match="decode is not differentiable"):
-        torch.ops.gka.recurrent_gka(p.q, p.k, p.v, *[None] * 7, *state, None, 0.02, 0.0, 3, 1.0, False, "reference")
+        torch.ops.gka.recurrent_gka(p.q, p.k, p.v, *[None] * 7, *state, None, 0.02, 0.0, 3, 1.0, False, "", "reference")
     with torch.no_grad():
         decode(problem, state)
     assert not state.kk.requires_grad

@@ -114,14 +114,14 @@ def test_states_between_slabs_are_formed_anew_where_none_were_saved(monkeypatch:
     p = make_problem(**{**SMALL, "T": 200}, dtype=torch.float16)
     tensors = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *[None] * 4, p.initial_kk, p.initial_kv, None)
     scalars = (0.02, 0.0, 3, 0.5, True)
-    output, _, _, *saved = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "triton")
+    output, _, _, *saved = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "", "triton")
     assert [tuple(boundary.shape) for boundary in saved[-2:]] == [(4 * 16, 16), (4 * 16, 24)]
     upstream = (cotangents({"output": output})["output"], None, None)
     none = torch.empty(0)
 
     def backward(*residuals: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = torch.ops.gka.chunk_gka_backward(
-            *upstream, *tensors, *residuals, *scalars, "triton"
+            *upstream, *tensors, *residuals, *scalars, "", "triton"
         )
         return result
 
