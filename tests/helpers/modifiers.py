@@ -28,7 +28,7 @@ def exact_gka(
         kk = decay * kk + k[:, t, :, :, None] * k[:, t, :, None, :]
         kv = decay * kv + k[:, t, :, :, None] * v[:, t, :, None, :]
         ridge = ridge_mod(kk.square().sum((-1, -2)).sqrt(), b, h, torch.tensor(t))
-        system = kk + torch.as_tensor(ridge).expand(B, H)[..., None, None] * torch.eye(D, dtype=q.dtype)
+        system = kk + torch.as_tensor(ridge, dtype=q.dtype).expand(B, H)[..., None, None] * torch.eye(D, dtype=q.dtype)
         x = torch.linalg.solve(system, q[:, t])
         mix = q[:, t] + alpha[:, t, :, None] * (x - q[:, t])
         outputs.append(scale * (mix[..., None, :] @ kv)[..., 0, :])
