@@ -47,7 +47,7 @@ _OTHER_NAMES = {
 
 
 def _functions() -> dict[Any, str]:
-    """PyTorch's functions and methods by the names of operations; ``rsub`` and the like have their operands reversed."""
+    """PyTorch's functions and methods by the names of operations; those like ``rsub`` take operands in reverse order."""
     names = [*_ARITIES, *_OTHER_NAMES, "clamp", "clamp_min", "clamp_max", "pow", "radd", "rsub", "rmul", "rtruediv"]
     found = {}
     for name in names:
@@ -132,10 +132,14 @@ class Expression:
         raise TypeError("ridge_mod: expected no control flow on ‖H‖, which has no value here; use torch.where")
 
     def __float__(self) -> float:
-        raise TypeError("ridge_mod: expected no number to be made of ‖H‖, which has no value here; use tensor functions")
+        raise TypeError(
+            "ridge_mod: expected no number to be made of ‖H‖, which has no value here; use tensor functions"
+        )
 
     def __getitem__(self, index: Any) -> Expression:
-        raise TypeError("ridge_mod: expected ‖H‖ of the token itself alone, got an index into it; other tokens' are not there")
+        raise TypeError(
+            "ridge_mod: expected ‖H‖ of the token itself alone, got an index into it; other tokens' are not there"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if _OTHER_NAMES.get(name, name) in _ARITIES or name in ("clamp", "clip", "pow", "clamp_min", "clamp_max"):
@@ -207,10 +211,10 @@ def _power(base: Any, exponent: Any) -> Expression:
 
 
 # ------------------------------------------------------------------------------------------------------- what is called
-def indices(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch row [B, 1, 1], head [H] and token [T, 1] of every query, int64."""
-    B, T, H = q.shape[:3]
-    b, h, t = (torch.arange(n, device=q.device) for n in (B, H, T))
+def indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch row [B, 1, 1], head [H] and token [T, 1] of ``x`` [B, T, H, ...], int64."""
+    B, T, H = x.shape[:3]
+    b, h, t = (torch.arange(n, device=x.device) for n in (B, H, T))
     return b[:, None, None], h, t[:, None]
 
 
@@ -244,16 +248,14 @@ def _broadcast(op: str, leaf: Tensor, shape: torch.Size) -> Tensor:
     return leaf.expand(shape)
 
 
-def apply_mod(op: str, name: str, mod: Mod, x: Tensor, q: Tensor) -> Tensor:
+def apply_mod(op: str, name: str, mod: Mod, x: Tensor) -> Tensor:
     """``x`` [B, T, heads] or [B, T, heads, D] as ``mod`` wants it.
 
     Raises:
         ValueError: what it returns has another shape.
         TypeError: what it returns is no tensor, or one of another dtype.
     """
-    B, T, heads = x.shape[:3]
-    b, h, t = (torch.arange(n, device=q.device) for n in (B, heads, T))
-    b, t = b[:, None, None], t[:, None]
+    b, h, t = indices(x)
     found = mod(x, b, h, t) if x.ndim == 3 else mod(x, b[..., None], h[:, None], t[..., None])
     if not isinstance(found, Tensor):
         raise TypeError(f"{op}: expected {name} to return a tensor, got {type(found).__name__}")
@@ -315,7 +317,9 @@ def evaluate(node: Node, variables: dict[str, Tensor]) -> Tensor:
         return torch.full_like(variables["F"], node)
     name, *operands = node
     values = [evaluate(operand, variables) for operand in operands]
-    return torch.where(*values) if name == "where" else (_UNARY | _BINARY)[name](*values)  # type: ignore[operator]
+    functions: dict[str, Callable[..., Any]] = {"where": torch.where, **_UNARY, **_BINARY}
+    value: Tensor = functions[name](*values)
+    return value
 
 
 def derivative(node: Node, variable: str) -> Node:

@@ -71,11 +71,13 @@ _SCALARS = "float ridge_scale, float ridge_offset, int num_iter"
 SCHEMAS: dict[str, str] = {
     "chunk_solve": (
         f"({_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, Tensor? initial_kk, Tensor? cu_seqlens, "
-        f"{_SCALARS}, bool qk_l2norm, bool output_final_state, str ridge_mod, str impl) -> (Tensor x, Tensor final_kk, Tensor fro)"
+        f"{_SCALARS}, bool qk_l2norm, bool output_final_state, str ridge_mod, str impl) -> "
+        "(Tensor x, Tensor final_kk, Tensor fro)"
     ),
     "chunk_solve_backward": (
         f"(Tensor dx, Tensor? d_final_kk, {_KEYS}, Tensor? log_decay, Tensor? beta, {_RIDGE_AND_GATE}, "
-        f"Tensor? initial_kk, Tensor? cu_seqlens, Tensor x, Tensor fro, {_SCALARS}, bool qk_l2norm, str ridge_mod, str impl) -> "
+        f"Tensor? initial_kk, Tensor? cu_seqlens, Tensor x, Tensor fro, {_SCALARS}, bool qk_l2norm, str ridge_mod, "
+        "str impl) -> "
         "(Tensor dq, Tensor dk, Tensor d_log_decay, Tensor d_beta, Tensor d_ridge_scale, Tensor d_ridge_offset, "
         "Tensor d_A_log, Tensor d_dt_bias, Tensor d_initial_kk)"
     ),
@@ -96,7 +98,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "recurrent_gka": (
         f"({_KEYS}, Tensor v, Tensor? log_decay, Tensor? alpha, Tensor? beta, {_RIDGE_AND_GATE}, Tensor(a!) kk, "
-        f"Tensor(b!) kv, Tensor? state_indices, {_SCALARS}, float scale, bool qk_l2norm, str ridge_mod, str impl) -> Tensor"
+        f"Tensor(b!) kv, Tensor? state_indices, {_SCALARS}, float scale, bool qk_l2norm, str ridge_mod, str impl) -> "
+        "Tensor"
     ),
 }
 

@@ -36,7 +36,8 @@ def launches(
 ) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that ``chunk_gka`` and its backward launch on a Hopper card, with their arguments.
 
-    ``ridge_mod``: a modifier's program, and its number of leaves. ``config``: fields of :class:`~gka_ops.autotune.config.ChunkConfig` that are not to be what the heuristic says.
+    ``ridge_mod``: a modifier's program, and its number of leaves. ``config``: fields of
+    :class:`~gka_ops.autotune.config.ChunkConfig` that are not to be what the heuristic says.
     """
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
 

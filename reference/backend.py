@@ -41,25 +41,28 @@ def _inputs(
     )  # fmt: skip
 
 
-def _with_tangent(inputs: Inputs, ridge_mod: str, fro: Tensor | None = None) -> tuple[Inputs, Tensor | None]:
-    """The inputs with r and b of a ``ridge_mod``'s tangent (``modifiers``) in the place of its leaves, and ‖H_t‖_F."""
+def _with_tangent(inputs: Inputs, ridge_mod: str, fro: Tensor | None = None) -> Inputs:
+    """The inputs with r and b of a ``ridge_mod``'s tangent (``modifiers``) in the place of its leaves.
+
+    ``fro``: ‖H_t‖_F [B, T, H], if known; it may be empty.
+    """
     if not ridge_mod:
-        return inputs, fro
+        return inputs
     leaves = inputs.ridge_scale if isinstance(inputs.ridge_scale, Tensor) else None
     if fro is None or fro.ndim == 1:
         plain = inputs._replace(v=_without_values(inputs.k), ridge_scale=0.0, ridge_offset=0.0, initial_kv=None)
         fro = chebyshev.forward(plain, 0).fro
     slope, offset = modifiers.linearised(ridge_mod, fro, leaves)
-    return inputs._replace(ridge_scale=slope, ridge_offset=offset), fro
+    return inputs._replace(ridge_scale=slope, ridge_offset=offset)
 
 
 def _of_leaves(
-    ridge_mod: str, leaves: Tensor | None, d_scale: Tensor | None, d_offset: Tensor | None, fro: Tensor | None
+    ridge_mod: str, leaves: Tensor | None, d_scale: Tensor | None, d_offset: Tensor | None, fro: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the ridge's two tensors: with a ``ridge_mod`` of its leaves, and nothing."""
     if not ridge_mod:
         return d_scale, d_offset
-    assert fro is not None and d_offset is not None  # _with_tangent
+    assert d_offset is not None  # b of the tangent is a tensor
     return None if leaves is None else modifiers.leaf_gradients(ridge_mod, d_offset, fro, leaves), None
 
 
@@ -128,7 +131,7 @@ def chunk_solve(
         q, k, _without_values(k), log_decay, None, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
-    inputs, _ = _with_tangent(inputs, ridge_mod)
+    inputs = _with_tangent(inputs, ridge_mod)
     result = chebyshev.forward(inputs, num_iter)
     return result.x, result.final_kk if output_final_state else _empty(q), result.fro
 
@@ -165,7 +168,7 @@ def chunk_solve_backward(
         initial_kk, None, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
     d_output = dx.new_empty(*dx.shape[:3], 0)
-    inputs, fro = _with_tangent(inputs, ridge_mod, fro)
+    inputs = _with_tangent(inputs, ridge_mod, fro)
     g = adjoint.backward(inputs, x, fro, d_output, dx, d_final_kk, None, num_iter)
     d_ridge = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, fro)
     gradients = (
@@ -214,7 +217,7 @@ def chunk_gka(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
-    inputs, _ = _with_tangent(inputs, ridge_mod)
+    inputs = _with_tangent(inputs, ridge_mod)
     result = chebyshev.forward(inputs, num_iter, scale)
     x, x_scale, x_query, fro = _empty(q, _residual_dtype(q.dtype)), _empty(q), _empty(q), _empty(q)
     if save_x and num_iter > 0:
@@ -265,14 +268,14 @@ def chunk_gka_backward(
         q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         initial_kk, initial_kv, cu_seqlens, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
-    inputs, norms = _with_tangent(inputs, ridge_mod, fro)
+    inputs = _with_tangent(inputs, ridge_mod, fro)
     if num_iter > 0 and x.ndim == 1:
         result = chebyshev.forward(inputs, num_iter, scale)
-        rows, norms = result.x, result.fro
+        rows, fro = result.x, result.fro
     else:
         rows = unpack_rows(x, x_scale, x_query, _query(q, qk_l2norm))
-    g = adjoint.backward(inputs, rows, norms, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
-    d_scale, d_offset = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, norms)
+    g = adjoint.backward(inputs, rows, fro, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
+    d_scale, d_offset = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, fro)
     gradients = g._replace(d_ridge_scale=d_scale, d_ridge_offset=d_offset)
     return tuple(_empty(q) if gradient is None else gradient for gradient in gradients)
 

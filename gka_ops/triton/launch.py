@@ -466,7 +466,9 @@ def new_gradients(p: _Problem, through_h: bool) -> _Gradients:
         d_alpha=like(p.alpha),
         d_beta=like(p.beta),
         d_ridge_scale=p.per_token(p.solve and p.ridge_scale_tensor is not None and not p.ridge_mod),
-        d_ridge_offset=p.per_token(p.solve and (p.ridge_scale_tensor if p.ridge_mod else p.ridge_offset_tensor) is not None),
+        d_ridge_offset=p.per_token(
+            p.solve and (p.ridge_scale_tensor if p.ridge_mod else p.ridge_offset_tensor) is not None
+        ),
         d_A_log=p.new(chunks, p.H).zero_() if partial else None,
         d_dt_bias=p.new(chunks, p.H).zero_() if partial and p.dt_bias is not None else None,
         d_initial_kk=like(p.initial_kk) if through_h else None,
@@ -777,6 +779,7 @@ def _backward(
         if tensor is None:
             return p.empty()
         if p.ridge_mod:
+            assert out.d_ridge_offset is not None and solved.fro is not None  # with leaves, and a solve
             return modifiers.leaf_gradients(p.ridge_mod, out.d_ridge_offset, solved.fro, tensor)
         if per_token is None:
             return torch.zeros_like(tensor)

@@ -1,7 +1,7 @@
 """Kernels with a modifier inside: λ from the program of a ``ridge_mod`` (``gka_ops.modifiers``) instead of r F + b.
 
-A kernel asks two functions about the ridge, ``load_ridge`` and ``linearised``. A modified kernel is the same source with
-other functions of these names, whose own source is written here from the program. So the kernels know nothing of
+A kernel asks two functions about the ridge, ``load_ridge`` and ``linearised``. A modified kernel is the same source
+with other functions of these names, whose own source is written here from the program. So the kernels know nothing of
 modifiers, and a call without one runs what it always ran.
 
 What is written depends on the program alone, whose grammar has no names but its own. Triton caches the machine code on
@@ -77,7 +77,11 @@ def source(ridge_mod: str) -> str:
     names: dict[Node, str] = {}
     value = _emit(node, names, lines)
     slope = _emit(modifiers.derivative(node, "F"), names, lines)
-    body = [*(f"{leaf} = leaves[{i}]" for i, leaf in enumerate(leaves)), *lines, f"slope = tl.where(F > 0, {slope}, 0.0)"]
+    body = [
+        *(f"{leaf} = leaves[{i}]" for i, leaf in enumerate(leaves)),
+        *lines,
+        f"slope = tl.where(F > 0, {slope}, 0.0)",
+    ]
     return "\n".join([
         "@triton.jit",
         "def load_ridge(p, value, o_row, m_t, i_h, PER_TOKEN: tl.constexpr):",

@@ -85,7 +85,16 @@ def backward_args(op: str, p: Problem, num_iter: int = 3) -> Args:
         results = getattr(ops, op)(*forward)
     if op == "chunk_solve":
         x, final_kk, fro = results
-        return (torch.randn_like(x), torch.randn_like(final_kk), *forward[:10], x, fro, *forward[10:14], "", "reference")
+        return (
+            torch.randn_like(x),
+            torch.randn_like(final_kk),
+            *forward[:10],
+            x,
+            fro,
+            *forward[10:14],
+            "",
+            "reference",
+        )
     output, final_kk, final_kv, *residuals = results
     upstream = (torch.randn_like(output), torch.randn_like(final_kk), torch.randn_like(final_kv))
     return (*upstream, *forward[:13], *residuals, *forward[13:18], "", "reference")

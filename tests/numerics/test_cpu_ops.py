@@ -196,7 +196,22 @@ def operator_calls(dtype: torch.dtype, num_iter: int, bare: bool) -> list[tuple[
     final, residuals = rest[:2], rest[2:]
     finals: tuple[Tensor | None, ...] = (None, None) if bare else tuple(torch.randn_like(t) for t in final)
     pool = tuple(torch.zeros_like(t) for t in final)
-    recurrent = (p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, *gates, *pool, None, *scalars, 0.5, False, "", "reference")
+    recurrent = (
+        p.q,
+        p.k,
+        p.v,
+        p.log_decay,
+        p.alpha,
+        p.beta,
+        *gates,
+        *pool,
+        None,
+        *scalars,
+        0.5,
+        False,
+        "",
+        "reference",
+    )
     return [
         ("chunk_solve", (*solve, *scalars, False, not bare, "", "reference")),
         ("chunk_solve_backward", (x, None if bare else final_kk, *solve, x, fro, *scalars, False, "", "reference")),

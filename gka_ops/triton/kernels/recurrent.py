@@ -11,8 +11,8 @@ import triton.language as tl
 
 from gka_ops.triton.primitives import (
     formed_anew,
-    load_log_decay,
     linearised,
+    load_log_decay,
     load_ridge,
     load_scalars,
     normalise,
