@@ -36,9 +36,10 @@ RULES = (
     ),
     Rule(
         "gka_ops.api",
-        ours=("gka_ops.ops", "gka_ops.recall", "gka_ops.validation", "gka_ops.types", NUMERICS),
+        ours=("gka_ops.modifiers", "gka_ops.ops", "gka_ops.recall", "gka_ops.validation", "gka_ops.types", NUMERICS),
         third_party=TORCH,
     ),
+    Rule("gka_ops.modifiers", third_party=TORCH),
     Rule("gka_ops.recall", third_party=TORCH),
     Rule("gka_ops.types", ours=(NUMERICS,), third_party=TORCH),
     Rule("gka_ops.validation", ours=("gka_ops.types", NUMERICS), third_party=TORCH),
@@ -72,6 +73,7 @@ RULES = (
         "gka_ops.triton*",  # launch, and what it may be split into
         ours=(
             "gka_ops.triton.*",
+            "gka_ops.modifiers",
             "gka_ops.recall",
             "gka_ops.autotune.choice",
             "gka_ops.autotune.config",
@@ -82,6 +84,7 @@ RULES = (
         ),
         third_party=("torch", "triton"),
     ),
+    Rule("gka_ops.reference.backend", ours=("gka_ops.modifiers", "gka_ops.reference.*", NUMERICS), third_party=TORCH),
     Rule("gka_ops.reference*", ours=("gka_ops.reference.*", NUMERICS), third_party=TORCH),
     Rule(
         "gka_ops.autotune.measure",
@@ -272,7 +275,7 @@ def test_import_loads_neither_triton_nor_implementations() -> None:
     ours = {name for name in loaded if name.split(".")[0] == "gka_ops"}
     expected = {
         "gka_ops",
-        *(f"gka_ops.{m}" for m in ("_version", "api", "numerics", "ops", "recall", "types", "validation")),
+        *(f"gka_ops.{m}" for m in ("_version", "api", "modifiers", "numerics", "ops", "recall", "types", "validation")),
     }
     assert ours == expected
     outside = {name.split(".")[0] for name in loaded} - {"gka_ops", "torch"}

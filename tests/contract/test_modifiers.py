@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +228,13 @@ def test_the_shipped_examples(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     rows = [line.rsplit(maxsplit=1) for line in printed.splitlines()[2:7]]
     assert len(rows) == 5 and all(0 < float(change) < 3 for _, change in rows)
+    torch._dynamo.reset()
+
+
+def test_the_documentation() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "modifiers.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, {})
     torch._dynamo.reset()
 
 
