@@ -47,7 +47,7 @@ _OTHER_NAMES = {
 
 
 def _functions() -> dict[Any, str]:
-    """PyTorch's functions and methods by the names of operations; those like ``rsub`` take operands in reverse order."""
+    """PyTorch's functions and methods by the names of operations; those like ``rsub`` reverse their operands."""
     names = [*_ARITIES, *_OTHER_NAMES, "clamp", "clamp_min", "clamp_max", "pow", "radd", "rsub", "rmul", "rtruediv"]
     found = {}
     for name in names:
