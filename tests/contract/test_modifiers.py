@@ -169,6 +169,23 @@ def test_the_built_in_ridge_as_a_modifier(packed: bool) -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_debug_mode_takes_any_leaf() -> None:
+    """A ridge may not be negative; what a modifier computes it from may."""
+    t = {name: tensor.detach() for name, tensor in make_tensors().items()}
+    inputs, negative = [t[name] for name in INPUTS], -t["per_head"]
+
+    def ridge_mod(fro: Any, b: Tensor, h: Tensor, t: Tensor) -> Any:
+        return 0.1 * fro - negative[h]
+
+    expected = calls(t, ridge_mod)
+    with gka_ops.debug_mode():
+        found = calls(t, ridge_mod)
+        decode(t, ridge_mod, 3, num_iter=5)
+        with pytest.raises(ValueError, match="beta in"):
+            gka_ops.chunk_gka(*inputs[:5], inputs[5] - 1, ridge_mod=ridge_mod)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_without_a_solve_there_is_no_ridge() -> None:
     t = make_tensors()
     inputs = [t[name] for name in INPUTS]
