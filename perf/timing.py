@@ -191,7 +191,7 @@ def reference_speeds() -> dict[str, float]:
         "sum": prepare(source.sum),
     }
     samples = in_turns({name: functools.partial(timer.kernel, prepared) for name, prepared in work.items()}, 15)
-    middle = {name: sorted(found)[len(found) // 2] for name, found in samples.items()}
+    middle = {name: statistics.median(found) for name, found in samples.items()}
     return {
         "bf16 product TFLOP/s": 2 * 8192**3 / middle["product"] * 1e-9,
         "copy GB/s": 2 * source.nbytes / middle["copy"] * 1e-6,

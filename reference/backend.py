@@ -309,13 +309,11 @@ def recurrent_gka(
     Returns:
         o [B, T, H, V] in the dtype of q.
     """
+    leaves, scale_tensor = (ridge_scale_tensor, None) if ridge_mod else (None, ridge_scale_tensor)
     inputs = _inputs(
-        q, k, v, log_decay, alpha, beta, ridge_scale_tensor, ridge_offset_tensor, A_log, dt_bias,
+        q, k, v, log_decay, alpha, beta, scale_tensor, ridge_offset_tensor, A_log, dt_bias,
         None, None, None, ridge_scale, ridge_offset, qk_l2norm,
     )  # fmt: skip
-    leaves = ridge_scale_tensor if ridge_mod else None
-    if ridge_mod:  # every token's tangent is that at its own norm
-        inputs = inputs._replace(ridge_scale=0.0, ridge_offset=0.0)
     B, T, H = q.shape[:3]
     output = q.new_zeros(B, T, H, v.shape[-1])
     if state_indices is None:
@@ -336,7 +334,7 @@ def recurrent_gka(
         m = now.q
         if num_iter > 0:
             slope, offset = now.r, now.b
-            if ridge_mod:
+            if ridge_mod:  # the tangent at the token's own norm
                 of_token = None if leaves is None else leaves[rows, t]
                 slope, offset = modifiers.linearised(ridge_mod, chebyshev.frobenius_norm(H_t), of_token)
             x = chebyshev.dense_solve(H_t, now.q, slope, offset, num_iter)

@@ -532,12 +532,16 @@ def test_replaced_layers_may_lack_parts() -> None:
     assert model(ids, labels=ids).loss.isfinite()
 
 
+def make_attention_model(name: str) -> transformers.PreTrainedModel:
+    """``name`` with three layers, in fp64."""
+    config = getattr(transformers, f"{name}Config")(**SIZES, num_hidden_layers=3)
+    return getattr(transformers, f"{name}ForCausalLM")(config).double()
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_replaced_layers_start_from_the_projections(name: str) -> None:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES, num_hidden_layers=3)
-    ).double()
+    model = make_attention_model(name)
     original = copy.deepcopy(model.model.layers[1].self_attn)
     if name == "Qwen3":
         nn.init.uniform_(original.q_norm.weight, 0.5, 2)
@@ -570,9 +574,7 @@ def test_replaced_layers_start_from_the_projections(name: str) -> None:
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_replaced_layers_learn_from_the_first_step_on(name: str) -> None:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES, num_hidden_layers=3)
-    ).double()
+    model = make_attention_model(name)
     tokens = make_tokens(2, 20)
     new = replace_attention(model, [0, 2])
     optimizer = torch.optim.SGD([p for layer in new for p in layer.parameters()], lr=0.1)

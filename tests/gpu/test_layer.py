@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gka_ops.nn import GatedKalmaNet, GatedKalmaNetCache
+from tests.helpers import graphs
 from tests.helpers.problems import norm_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_gradients")]
@@ -48,14 +49,7 @@ def make_pools(layers: list[GatedKalmaNet]) -> list[GatedKalmaNetCache]:
 def captured(run: Callable[[], Tensor], caches: list[GatedKalmaNetCache]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """``run`` as a CUDA graph and where it puts its result; ``caches`` are as they were."""
     before = [[buffer.clone() for buffer in cache.buffers] for cache in caches]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+    graph, output = graphs.captured(run)
     for cache, old in zip(caches, before, strict=True):
         for buffer, value in zip(cache.buffers, old, strict=True):
             buffer.copy_(value)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gka_ops
+from tests.helpers.graphs import captured
 from tests.helpers.problems import (
     Evaluation,
     Outputs,
@@ -189,19 +190,6 @@ def test_a_side_stream() -> None:
             result = named(evaluate(run, restored, upstream))
         main.wait_stream(side)
         assert_equal(result, expected)
-
-
-def captured(function: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """``function`` as a graph, and the tensors that a replay writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["dense", "packed"])
