@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_card(export)
 
     merge = command("merge", "put tables of one card into one file; of two entries for a key the newer one counts")
-    merge.add_argument("file", type=Path, metavar="FILE")
+    merge.add_argument("file", type=Path, metavar="FILE", help="what it holds already takes part")
     merge.add_argument("tables", type=Path, nargs="+", metavar="TABLE")
     return parser
 
@@ -194,7 +194,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     found: list[Table] = []
-    for path in options.tables:
+    for path in [*([options.file] if options.file.exists() else []), *options.tables]:
         content = table.read(path)
         if content is None:
             print(f"{path}: no table", file=sys.stderr)

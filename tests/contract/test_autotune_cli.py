@@ -191,6 +191,19 @@ def test_merge(run: Run, tmp_path: Path) -> None:
     assert found.entries[KEY].parameters["num_warps"] == 2, "the newest that is not stale"
 
 
+def test_merge_keeps_what_the_file_holds(run: Run, tmp_path: Path) -> None:
+    target = add(tmp_path / "target", num_warps=8, tuned="2026-01-02")
+    newer = add(tmp_path / "newer", OTHER)
+    code, output, _ = run("merge", target, newer)
+    found = table.read(target)
+    assert code == 0 and "2 entries" in output
+    assert found is not None and found.entries.keys() == {KEY, OTHER}
+    target.write_text("mine")
+    with pytest.warns(table.TableWarning):
+        code, _, errors = run("merge", target, newer)
+    assert code == 1 and "no table" in errors and target.read_text() == "mine"
+
+
 def test_merge_refuses(run: Run, tmp_path: Path) -> None:
     first, other = add(tmp_path / "a"), add(tmp_path / "b", device=H200)
     target = tmp_path / "merged.json"
