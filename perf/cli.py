@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -97,7 +98,12 @@ def _progress() -> Iterator[suite.Progress]:
     """A bar on stderr, or a line a case where nobody looks on."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda name, done, total: print(f"{done}/{total} {name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+
+        def line(name: str, done: int, total: int) -> None:
+            print(f"{time.monotonic() - start:.0f} s: {done}/{total} {name}", file=sys.stderr, flush=True)
+
+        yield line
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
