@@ -27,6 +27,7 @@ from rich.progress import track
 from tabulate import tabulate
 
 import gka_ops
+from gka_ops.numerics import DEFAULT_RIDGE, iterations_for
 from gka_ops_perf import providers
 from gka_ops_perf.costs import Shape
 from gka_ops_perf.machine import machine
@@ -208,6 +209,32 @@ def cold_start_seconds() -> float:
         return first_call_seconds(cache)
 
 
+def modifier_ratio() -> float:
+    """A training step with a learned ``ridge_mod`` over one with the built-in ridge, both compiled, in turns."""
+    inputs = make_inputs(2, 8192, grad=True)
+    upstream = torch.randn_like(inputs.q)
+    log_ratio = torch.linspace(-4, -3, 32, device="cuda", requires_grad=True)
+    iterations = iterations_for(DEFAULT_RIDGE)
+
+    def learned(*inputs: torch.Tensor) -> torch.Tensor:
+        def ridge_mod(fro: Any, b: torch.Tensor, h: torch.Tensor, t: torch.Tensor) -> Any:
+            return torch.maximum(log_ratio.exp()[h] * fro, DEFAULT_RIDGE * fro)
+
+        return gka_ops.chunk_gka(*inputs, ridge_mod=ridge_mod, num_iter=iterations).output
+
+    def built_in(*inputs: torch.Tensor) -> torch.Tensor:
+        return gka_ops.chunk_gka(*inputs, num_iter=iterations).output
+
+    def step(function: Callable[..., torch.Tensor], leaves: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+        compiled = torch.compile(function, fullgraph=True)
+        return lambda: torch.autograd.grad(compiled(*inputs), leaves, upstream)
+
+    steps = step(learned, (*inputs, log_ratio)), step(built_in, inputs)
+    rounds = [[milliseconds(run) for run in steps] for _ in range(3)]
+    modified, plain = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return modified / plain
+
+
 def bars() -> list[Bar]:
     training = make_inputs(2, 8192, grad=True)
     serving = make_inputs(1, 8192, Hkv=8)
@@ -244,6 +271,7 @@ def bars() -> list[Bar]:
         Bar("B1 T131072 over T32768, forward + backward", "×", 4.2, 4.05, long_ratio),
         Bar("layer forward over num_iter=0", "×", 1.4, 1.2, lambda: layer_ratio(False)),
         Bar("layer training step over num_iter=0", "×", 1.6, 1.3, lambda: layer_ratio(True)),
+        Bar("compiled training step with a learned ridge_mod over the built-in ridge", "×", 1.03, 1.01, modifier_ratio),
         Bar("first call, empty Triton cache", "s", 20, 10, cold_start_seconds),
         Bar("host time of a chunk_gka forward", "µs", 80, 40, host_microseconds_of_forward),
         Bar("host time of a decode step", "µs", 30, 15, host_microseconds_of_step),
