@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -60,18 +61,23 @@ def share(measurement: Measurement, record: Record) -> float | None:
 
 
 def run(record: Record, form: Format = "simple") -> str:
-    """Every measurement of a run on a card."""
-    cells = []
+    """Every measurement of a run on a card; below, why some are none."""
+    cells, reasons = [], list(dict.fromkeys(m.reason for m in record.measurements if m.reason))
     for m in record.measurements:
         kernel, eager = m.figures.get(KERNEL), m.figures.get(EAGER)
         reached, median = share(m, record), kernel.median if kernel else None
         cells.append((
             m.case, number(median), interval(kernel), number(eager.median if eager else None),
             number(m.tokens / median * 1e-3) if median else "", f"{reached:.0%}" if reached else "",
-            ", ".join(f"{name} {error:.1e}" for name, error in worst(m)), m.reason or m.status,
+            ", ".join(f"{name} {error:.1e}" for name, error in worst(m)),
+            f"{m.status} ({reasons.index(m.reason) + 1})" if m.reason else m.status,
         ))  # fmt: skip
     header = ("case", "kernel ms", "95 %", "eager ms", "M tokens/s", "roofline", "error", "")
-    return tabulate(cells, headers=header, tablefmt=form, disable_numparse=True)
+    table = tabulate(cells, headers=header, tablefmt=form, disable_numparse=True)
+    notes = [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+    if form == "html":
+        return "\n".join((table, *(f"<p>{html.escape(note)}</p>" for note in notes)))
+    return "\n\n".join((table, *notes))
 
 
 def worst(measurement: Measurement) -> Sequence[tuple[str, float]]:

@@ -83,7 +83,9 @@ def test_the_table_of_a_run_on_a_card() -> None:
     lines = {line.split("[")[0].strip(): line for line in tables.run(record).splitlines() if "[gka]" in line}
     assert len(lines) > 20 and "50%" in lines["chunk_gka forward 7B T8192"]
     assert "o 6.0e-08" in lines["chunk_gka forward 7B T8192"]
-    assert "unavailable" not in tables.run(record) and "not installed" in tables.run(record)
+    shown = tables.run(record)
+    assert "unavailable (1)" in shown and shown.count("not installed") == 1 and "\n\n(1) " in shown
+    assert "<p>(1) " in tables.run(record, "html")
 
 
 # -------------------------------------------------------------------------------------------------- against the stored
