@@ -198,7 +198,8 @@ def chunk_gka(
         x_t = (H_t + λ_t I)^{-1} q_t,   m_t = q_t + α_t (x_t − q_t),   o_t = scale · U_tᵀ m_t
 
     Args:
-        q: queries [B, T, H, D]; bf16, fp16 or fp32, or fp64 (reference implementation only).
+        q: queries [B, T, H, D]; bf16, fp16 or fp32, or fp64 (reference implementation only). Under ``torch.autocast``
+            q, k and v are cast to its dtype (fp64 is not), and nothing else is.
         k: keys [B, T, Hkv, D], the dtype of q.
         v: values [B, T, Hkv, V], the dtype of q.
         log_decay: g [B, T, H], natural logarithm of the decay, ≤ 0; ``None`` means no decay. With ``gate`` it holds the

@@ -28,6 +28,11 @@ NOTE [Autograd kernels]
   needed (docs/adr/0004). Forward mode raises. The second derivative is that of the specification
   (``gka_ops.reference.double_backward``).
 
+NOTE [Autocast] (docs/adr/0015)
+  Under ``torch.autocast`` q, k and v are cast, above autograd, so that their gradients come back in their own dtypes.
+  Gates, ridge and states stay as they are, at best fp32. The operators run with autocast off, so that it changes
+  nothing of what implementations compute; so do the backwards, which take everything as the forward had it.
+
 NOTE [Beside the dispatcher] (docs/adr/0008)
   To ask the dispatcher costs more than all else that the host does for a replayed call. So the public functions repeat
   a known call without the operator, where that makes no difference:
@@ -37,6 +42,8 @@ NOTE [Beside the dispatcher] (docs/adr/0008)
     once whether these keys lead to this module's kernels and nothing else, and whether a gradient is needed. That
     leaves out functorch's transforms, functionalization, JIT tracing, conjugate views; fake tensors and subclasses are
     of other types, and a graph that Dynamo traces does not get here.
+  * Under autocast, q, k and v have its dtype already. Its keys are effective ones; its dtype is asked for at each such
+    call, and at no other.
   * It is not :func:`watched`, by what the keys do not show. That is asked at each call.
   * What the operator's other kernels do is done: the versions of mutated states count.
 
@@ -46,8 +53,10 @@ NOTE [Beside the dispatcher] (docs/adr/0008)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import cache
+from operator import or_
 from typing import Any
 
 import torch
@@ -297,6 +306,12 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 # --------------------------------------------------------------------------------------------------------- autograd
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 _IMPLEMENTED = (_DispatchKey.CPU, _DispatchKey.CUDA)
+_AUTOCAST = (_DispatchKey.AutocastCPU, _DispatchKey.AutocastCUDA)
+_AUTOCAST_KEYS = functools.reduce(or_, map(_DispatchKeySet, _AUTOCAST))
+
+
+def _without_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
 
 
 @cache
@@ -346,7 +361,7 @@ def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
     *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv = ctx.saved_tensors
     ridge_scale, ridge_offset, num_iter, scale, qk_l2norm = ctx.scalars
     if ctx.recomputes:
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast():
             _, _, _, x, x_scale, x_query, fro, boundary_kk, boundary_kv = torch.ops.gka.chunk_gka(
                 *inputs, *ctx.scalars, False, True, *ctx.mod_and_impl
             )
@@ -470,9 +485,29 @@ _library.impl("recurrent_gka", _recurrent_gka_autograd, "Autograd", with_keyset=
 _library.impl("recurrent_gka", _recurrent_gka_version, "ADInplaceOrView", with_keyset=True)
 
 
+# --------------------------------------------------------------------------------------------------------- autocast
+def _register_autocast(op: str, operands: int) -> None:
+    """See NOTE [Autocast]. ``operands``: how many tensors, from the first on, are cast."""
+    overload = getattr(torch.ops.gka, op).default
+
+    def kernel(*args):
+        cast = [tensor.to(validation.autocast_dtype(tensor)) for tensor in args[:operands]]
+        with _without_autocast():
+            return overload(*cast, *args[operands:])
+
+    for key in _AUTOCAST:
+        _library.impl(op, kernel, key.name)
+
+
+for _name, _operands in {"chunk_solve": 2, "chunk_gka": 3, "recurrent_gka": 3}.items():
+    _register_autocast(_name, _operands)
+for _name in ("chunk_solve_backward", "chunk_gka_backward"):
+    _register_autocast(_name, 0)
+
+
 # -------------------------------------------------------------------------------------------- beside the dispatcher
-_OURS = (_DispatchKey.AutogradCPU, _DispatchKey.AutogradCUDA, _DispatchKey.ADInplaceOrView)
-_SILENT = (_DispatchKey.BackendSelect, _DispatchKey.AutocastCPU, _DispatchKey.AutocastCUDA)  # unless someone registers
+_OURS = (_DispatchKey.AutogradCPU, _DispatchKey.AutogradCUDA, _DispatchKey.ADInplaceOrView, *_AUTOCAST)
+_SILENT = (_DispatchKey.BackendSelect,)  # unless someone registers
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
@@ -521,4 +556,19 @@ def replay_of(op: str, args: tuple[Any, ...], outputs: int) -> Replay | None:
         kk = sum(isinstance(a, Tensor) for a in args[:10])
         mutated = slice(kk, kk + 2)
     replay: Replay | None = implementation.replay_of(args[:-1], outputs, mutated)
-    return replay
+    if replay is None or not any(map(keys.has, _AUTOCAST)):
+        return replay
+    return _replay_under_autocast(replay, args[:3])
+
+
+def _replay_under_autocast(replay: Replay, operands: tuple[Tensor, ...]) -> Replay | None:
+    """That of a call whose operands (q, k, v) autocast has nothing to do with."""
+    kind, dtype = operands[0].device.type, operands[0].dtype
+    if any(validation.autocast_dtype(tensor) != tensor.dtype for tensor in operands):
+        return None
+
+    def replay_in(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+        unchanged = dtype == torch.float64 or torch.get_autocast_dtype(kind) == dtype
+        return replay(tensors) if unchanged else None
+
+    return replay_in

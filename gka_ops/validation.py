@@ -21,6 +21,7 @@ from gka_ops.types import IMPLS, DecayGate, GKAState, Ridge
 
 DEBUG_VARIABLE = "GKA_OPS_DEBUG"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # The dictionary below ``os.environ``, which itself takes two exceptions, 1.6 µs, to say that a variable is not set.
 _environment, _variable = os.environ._data, os.environ.encodekey(DEBUG_VARIABLE)  # type: ignore[attr-defined]
@@ -52,6 +53,14 @@ def debug_enabled() -> bool:
 
 def _shape(tensor: Tensor) -> list[Any]:
     return list(tensor.shape)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an operator gets q, k or v: autocast's where that is on, but fp64 stays what it is."""
+    kind = tensor.device.type
+    if kind not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind) if tensor.dtype in INPUT_DTYPES[:3] else tensor.dtype
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -94,7 +103,7 @@ def check_flag(op: str, name: str, value: object) -> None:
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, V]; one dtype, one device, Hkv divides H."""
+    """q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, V]; one dtype after autocast, one device, Hkv divides H."""
     named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
     for name, tensor in named:
         check_tensor(op, name, tensor)
@@ -106,7 +115,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
         raise TypeError(f"{op}: expected q to be bfloat16, float16, float32 or float64, got {q.dtype}")
     B, T, H, D = q.shape
     for name, tensor in named[1:]:
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != q.dtype and autocast_dtype(tensor) != autocast_dtype(q):
             raise TypeError(f"{op}: expected {name} to have the dtype of q, {q.dtype}, got {tensor.dtype}")
         check_device(op, name, tensor, q.device)
     if k.shape[0] != B or k.shape[1] != T or k.shape[3] != D:

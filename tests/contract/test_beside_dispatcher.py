@@ -47,7 +47,7 @@ class Implementation:
         for tensor in args:
             if isinstance(tensor, Tensor):
                 launch(kernel, (1,), x=tensor, y=buffer, factor=1.0, count=0, N=2)
-        launch(kernel, (1,), x=q, y=output, factor=3.0, count=0, N=q.numel())
+        launch(kernel, (1,), x=q, y=output, factor=3.0, count=0, N=q.nbytes // 4)
         return output
 
     def _chunk_gka(self, *args: Any) -> tuple[Tensor, ...]:
@@ -137,7 +137,7 @@ def test_outputs(calls: Calls) -> None:
     assert calls.beside(chunk) and calls.beside(lambda: chunk(output_final_state=True))
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_in_other_contexts(run: Callable[..., Any], calls: Calls, context: Callable[[], Any]) -> None:
     with context():
         run()
@@ -343,17 +343,51 @@ def test_fake_tensors_and_subclasses(run: Callable[..., Any], calls: Calls) -> N
     assert calls.beside(run)
 
 
-def test_autocast_that_someone_registered(calls: Calls) -> None:
+def test_a_kernel_that_someone_registered(calls: Calls) -> None:
     heard = []
 
-    def autocast(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def select(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         heard.append(keys)
-        return OPERATORS[0].redispatch(keys.remove(torch._C.DispatchKey.AutocastCPU), *args)
+        return OPERATORS[0].redispatch(keys.remove(torch._C.DispatchKey.BackendSelect), *args)
 
-    with torch.library._scoped_library("gka", "IMPL") as library, torch.autocast("cpu"):
-        library.impl("chunk_gka", autocast, "AutocastCPU", with_keyset=True)
+    with torch.library._scoped_library("gka", "IMPL") as library:
+        library.impl("chunk_gka", select, "BackendSelect", with_keyset=True)
         assert not any(calls.beside(chunk) for _ in range(3))
     assert len(heard) == 3
+
+
+@pytest.mark.supports("autocast")
+def test_autocast_casts_known_calls(run: Callable[..., Any], calls: Calls) -> None:
+    """What autocast has to cast never goes beside it, also where the same call was known before; what it has not, does,
+    in the dtype of the moment."""
+    q, k, v = tokens()
+    half = [tensor.to(torch.bfloat16) for tensor in (q, k, v)]
+    state = new_state()
+
+    def call(*operands: Tensor) -> Tensor:
+        if run is decode:
+            return gka_ops.recurrent_gka(*operands, state=state)
+        return gka_ops.chunk_gka(*operands).output
+
+    assert calls.beside(lambda: call(q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            assert not calls.beside(lambda: call(q, k, v))
+            assert call(q, k, v).dtype == torch.bfloat16
+            assert not calls.beside(lambda: call(half[0], k, half[2]))
+        call(*half)
+        assert calls.beside(lambda: call(*half))
+    for _ in range(3):
+        call(*half)
+    assert calls.beside(lambda: call(*half))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls.beside(lambda: call(*half))
+        with torch.autocast("cpu", torch.float16):
+            assert not calls.beside(lambda: call(*half))
+            assert call(*half).dtype == torch.float16
+        with torch.autocast("cpu", enabled=False):
+            assert calls.beside(lambda: call(q, k, v))
+            assert call(q, k, v).dtype == torch.float32
 
 
 def test_negative_views(calls: Calls) -> None:

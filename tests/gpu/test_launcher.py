@@ -270,7 +270,7 @@ def test_inference_mode_beside_the_dispatcher(dispatched: list[str]) -> None:
         return gka_ops.chunk_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta).output
 
     expected = run()
-    for context in (torch.inference_mode, lambda: torch.autocast("cuda"), torch.no_grad):
+    for context in (torch.inference_mode, lambda: torch.autocast("cuda", p.q.dtype), torch.no_grad):
         with context():
             run()
             dispatched.clear()

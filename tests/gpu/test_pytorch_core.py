@@ -1,0 +1,77 @@
+"""What PyTorch's subsystems do with the operators, on the card: the counterparts of tests in ``tests/contract``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gka_ops
+from gka_ops import GKAState
+from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, run_gka, run_solve
+
+pytestmark = pytest.mark.gpu
+
+SIZES: dict[str, Any] = {"B": 2, "T": 200, "H": 4, "Hkv": 2, "D": 64, "V": 64, "qk_l2norm": True, "device": "cuda"}
+RUNS = {"chunk_gka": run_gka, "chunk_solve": run_solve}
+
+
+def problem(dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:
+    return make_problem(**SIZES | {"gate": True, "state": True} | changes, dtype=dtype)
+
+
+def cast(p: Problem, dtype: torch.dtype) -> Problem:
+    return p.map(lambda name, t: t.to(dtype) if name in ("q", "k", "v") else t)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+# ------------------------------------------------------------------------------------------------------------ autocast
+@pytest.mark.supports("autocast")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", RUNS)
+def test_autocast(op: str, dtype: torch.dtype) -> None:
+    """Bit for bit the call with operands that were cast by hand, also where it is repeated beside the dispatcher."""
+    p, run = problem(), RUNS[op]
+
+    def under(p: Problem) -> dict[str, Tensor]:
+        with torch.autocast("cuda", dtype):
+            return run(p)
+
+    upstream = cotangents(run(cast(p, dtype)))
+    expected = evaluate(lambda p: run(cast(p, dtype)), p, upstream)
+    for _ in range(3):
+        actual = evaluate(under, p, upstream)
+        assert_same(actual.outputs, expected.outputs)
+        assert_same(actual.gradients, expected.gradients)
+    for _ in range(4):
+        with torch.no_grad():
+            assert_same(under(p), expected.outputs)
+            run(p)  # known in fp32 too
+
+
+@pytest.mark.supports("autocast")
+def test_autocast_of_decode_and_compiled() -> None:
+    p, dtype = problem(T=1, gate=False), torch.bfloat16
+    assert p.initial_kk is not None and p.initial_kv is not None
+    start = p.initial_kk, p.initial_kv
+
+    def decode(p: Problem, state: GKAState) -> Tensor:
+        return gka_ops.recurrent_gka(p.q, p.k, p.v, p.log_decay, p.alpha, p.beta, state=state, qk_l2norm=True)
+
+    state = GKAState(*(t.clone() for t in start))
+    expected = {"output": decode(cast(p, dtype), state), **state._asdict()}
+    compiled: Callable[..., Tensor] = torch.compile(decode, fullgraph=True)
+    for function in (decode, decode, decode, compiled):
+        state = GKAState(*(t.clone() for t in start))
+        with torch.autocast("cuda", dtype):
+            output = function(p, state)
+        assert_same({"output": output, **state._asdict()}, expected)
