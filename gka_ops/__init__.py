@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gka_ops._version import __version__
 from gka_ops.api import chunk_gka, chunk_solve, recurrent_gka
+from gka_ops.flops import tell_flop_counter as _tell_flop_counter
 from gka_ops.numerics import iterations_for
 from gka_ops.types import ChunkSolveOutput, DecayGate, GKAOutput, GKAState, Ridge
 from gka_ops.validation import debug_mode
@@ -29,6 +30,8 @@ __all__ = [
     "iterations_for",
     "recurrent_gka",
 ]
+
+_tell_flop_counter()
 
 
 def __getattr__(name: str) -> object:

@@ -1,17 +1,17 @@
 """What a call costs at least: floating-point operations and bytes (MATH.md §6). A multiply-add is two operations.
 
-FLOPs are those of the chunked algorithm with 64 tokens a chunk, which is what every implementation of it works
-through; bytes are the operands and results alone, each moved once, so that a share of this floor says how far a
-call is from what the card could do, not from what this algorithm could.
+FLOPs are those of the chunked algorithm (``gka_ops.flops``), which is what every implementation of it works through;
+bytes are the operands and results alone, each moved once, so that a share of this floor says how far a call is from
+what the card could do, not from what this algorithm could.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from gka_ops.flops import backward_flops, decode_flops, forward_flops
 from gka_ops.numerics import backward_iterations
 
-CHUNK = 64
 _ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 _GATES = 3 * 4  # log decay, α and β of a token and head, fp32
 _STATE = 4  # bytes of an entry
@@ -54,32 +54,28 @@ def _token_bytes(shape: Shape) -> float:
 
 
 def gka_forward(shape: Shape, num_iter: int) -> Cost:
-    D, V, C = shape.D, shape.V, CHUNK
-    flops = num_iter * (2 * D * D + 4 * C * D) + 4 * D * D + 4 * D * V + 4 * C * D + 2 * C * V
+    flops = forward_flops(shape.D, shape.V, num_iter)
     return Cost(shape.rows * flops, _token_bytes(shape) + shape.rows * _GATES)
 
 
 def gka_forward_backward(shape: Shape, num_iter: int) -> Cost:
     """Forward and backward of all six inputs; the backward reads what the forward read and writes as much."""
-    D, V, C = shape.D, shape.V, CHUNK
-    n = backward_iterations(num_iter)
-    flops = n * (2 * D * D + 4 * C * D) + 8 * D * D + 8 * D * V + 18 * C * D + 6 * C * V
+    flops = backward_flops(shape.D, shape.V, backward_iterations(num_iter))
     forward = gka_forward(shape, num_iter)
     return Cost(forward.flops + shape.rows * flops, 3 * forward.bytes)
 
 
 def solve_forward(shape: Shape, num_iter: int) -> Cost:
     """``chunk_solve``: x in fp32, no values."""
-    D, C = shape.D, CHUNK
-    flops = num_iter * (2 * D * D + 4 * C * D) + 4 * D * D + 4 * C * D
+    D = shape.D
     operands = _ELEMENT[shape.dtype] * shape.tokens * D * (shape.H + shape.Hkv)
-    return Cost(shape.rows * flops, operands + shape.rows * (2 * 4 + 4 * D))
+    return Cost(shape.rows * forward_flops(D, 0, num_iter), operands + shape.rows * (2 * 4 + 4 * D))
 
 
 def gka_decode(shape: Shape, num_iter: int) -> Cost:
     """One token of B sequences; both states are read and written."""
     D, V = shape.D, shape.V
-    flops = 2 * num_iter * D * D + 2 * D * D + 3 * D * (D + V) + 2 * D * V
+    flops = decode_flops(D, V, num_iter)
     states = 2 * _STATE * shape.rows * D * (D + V)
     return Cost(shape.rows * flops, states + _token_bytes(shape) + shape.rows * _GATES)
 

@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN = ("gka_ops", "reference", "autotune", "tests", "perf", "gka_ops_perf", "examples", "tools")
 
 NUMERICS = "gka_ops.numerics"
-PUBLIC = ("gka_ops", "gka_ops.nn", "gka_ops.hf", "gka_ops.checkpoint", "gka_ops.distributed", "gka_ops.types", NUMERICS)
+PUBLIC = (
+    "gka_ops", "gka_ops.nn", "gka_ops.hf", "gka_ops.activation_checkpoint", "gka_ops.checkpoint", "gka_ops.distributed",
+    "gka_ops.flops", "gka_ops.types", NUMERICS,
+)  # fmt: skip
 TORCH = ("torch",)
 AUTOTUNE = (
     "choice", "config", "device", "fingerprint", "key", "miss", "report", "screen", "shapes", "space", "table", "tuner",
@@ -31,7 +34,7 @@ RULES = (
     Rule("gka_ops._version"),
     Rule(
         "gka_ops",
-        ours=("gka_ops._version", "gka_ops.api", "gka_ops.types", "gka_ops.validation", NUMERICS),
+        ours=("gka_ops._version", "gka_ops.api", "gka_ops.flops", "gka_ops.types", "gka_ops.validation", NUMERICS),
         lazy=("gka_ops.nn",),
     ),
     Rule(
@@ -39,6 +42,7 @@ RULES = (
         ours=("gka_ops.modifiers", "gka_ops.ops", "gka_ops.recall", "gka_ops.validation", "gka_ops.types", NUMERICS),
         third_party=TORCH,
     ),
+    Rule("gka_ops.flops", third_party=TORCH),
     Rule("gka_ops.modifiers", third_party=TORCH),
     Rule("gka_ops.recall", third_party=TORCH),
     Rule("gka_ops.types", ours=(NUMERICS,), third_party=TORCH),
@@ -275,7 +279,10 @@ def test_import_loads_neither_triton_nor_implementations() -> None:
     ours = {name for name in loaded if name.split(".")[0] == "gka_ops"}
     expected = {
         "gka_ops",
-        *(f"gka_ops.{m}" for m in ("_version", "api", "modifiers", "numerics", "ops", "recall", "types", "validation")),
+        *(
+            f"gka_ops.{m}"
+            for m in ("_version", "api", "flops", "modifiers", "numerics", "ops", "recall", "types", "validation")
+        ),
     }
     assert ours == expected
     outside = {name.split(".")[0] for name in loaded} - {"gka_ops", "torch"}

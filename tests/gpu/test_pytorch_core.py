@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import gka_ops
 from gka_ops import GKAState
+from gka_ops.flops import backward_flops, forward_flops
+from gka_ops.numerics import backward_iterations
 from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, run_gka, run_solve
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +78,22 @@ def test_autocast_of_decode_and_compiled() -> None:
         with torch.autocast("cuda", dtype):
             output = function(p, state)
         assert_same({"output": output, **state._asdict()}, expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- flops
+@pytest.mark.supports("FLOP counter")
+def test_flops_of_known_calls() -> None:
+    p, n = problem(torch.bfloat16), 5
+    rows, D, V = p.q.shape[0] * p.q.shape[1] * p.q.shape[2], p.q.shape[3], p.v.shape[3]
+
+    def run(p: Problem) -> Tensor:
+        return gka_ops.chunk_gka(p.q, p.k, p.v, None, p.alpha, p.beta, num_iter=n, qk_l2norm=True).output
+
+    for _ in range(3):
+        run(p)
+    with FlopCounterMode(display=False) as counter:
+        run(p)
+    assert counter.get_total_flops() == rows * forward_flops(D, V, n)
+    with FlopCounterMode(display=False) as counter:
+        run(p.requiring_grad()).sum().backward()
+    assert counter.get_total_flops() == rows * (forward_flops(D, V, n) + backward_flops(D, V, backward_iterations(n)))
