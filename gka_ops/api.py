@@ -126,9 +126,9 @@ def _check_chunk_gka(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, alpha: Tensor | None, beta: Tensor | None,
     ridge: float | Ridge, num_iter: int | Literal["auto"], tol: float, scale: float | None, qk_l2norm: bool,
     gate: DecayGate | None, initial_state: GKAState | None, output_final_state: bool, cu_seqlens: Tensor | None,
-    impl: Impl,
+    save_x: bool, impl: Impl,
 ) -> tuple[float, float, int, float, bool]:  # fmt: skip
-    """Returns the ridge's floats, the iteration count, the read-out scale, and whether a backward may follow."""
+    """Returns the ridge's floats, the iteration count, the read-out scale, and whether to save for a backward."""
     op = "chunk_gka"
     r, b, r_tensor, b_tensor, A_log, dt_bias, count = _check_tokens(
         op, q, k, v, log_decay, alpha, beta, gate, ridge, num_iter, tol
@@ -136,9 +136,10 @@ def _check_chunk_gka(
     check.check_cu_seqlens(op, cu_seqlens, q)
     check.check_flag(op, "qk_l2norm", qk_l2norm)
     check.check_flag(op, "output_final_state", output_final_state)
+    check.check_flag(op, "save_x", save_x)
     check.check_backend(op, impl, q)
     kk, kv = check.check_gka_state(op, "initial_state", initial_state, check.num_sequences(q, cu_seqlens), q, v)
-    saves = _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv)
+    saves = save_x and _needs_grad(q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv)
     return r, b, count, check.resolve_scale(op, scale, q), saves
 
 
@@ -188,6 +189,7 @@ def chunk_gka(
     decay_mod: Mod | None = None,
     query_mod: Mod | None = None,
     key_mod: Mod | None = None,
+    save_x: bool = True,
     impl: Impl = "auto",
 ) -> GKAOutput:
     r"""Gated KalmaNet attention over whole sequences: solve, mix and read out (MATH.md §1–2).
@@ -224,6 +226,8 @@ def chunk_gka(
         decay_mod: ``decay_mod(g, b, h, t)`` is the log decay from g [B, T, H], the gate's or ``log_decay``.
         query_mod: ``query_mod(q, b, h, t)`` is the query from q [B, T, H, D], before ``qk_l2norm``.
         key_mod: ``key_mod(k, b, h, t)``, the key from k [B, T, Hkv, D], likewise.
+        save_x: whether what the backward needs of the solve (x, ‖H_t‖_F and states, the largest that is saved) is kept
+            for it. If not, the backward solves once more, with the same iterations and so to the same gradients.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
@@ -244,14 +248,14 @@ def chunk_gka(
     known = ridge_mod is None and not torch.compiler.is_compiling()
     signature, call, outputs = (None, None, None) if not known else _recall(
         _chunk_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, initial_state, cu_seqlens,
-        num_iter, tol, scale, qk_l2norm, output_final_state, impl,
+        num_iter, tol, scale, qk_l2norm, output_final_state, save_x, impl,
     )  # fmt: skip
     if outputs is not None:
         return GKAOutput(outputs[0], GKAState(*outputs[1:]) if output_final_state else None)
     if call is None:
         call = _Call(_check_chunk_gka(
             q, k, v, log_decay, alpha, beta, ridge, num_iter, tol, scale, qk_l2norm, gate, initial_state,
-            output_final_state, cu_seqlens, impl,
+            output_final_state, cu_seqlens, save_x, impl,
         ))  # fmt: skip
         if signature is not None:
             _chunk_gka_calls.keep(signature, call)
@@ -260,7 +264,7 @@ def chunk_gka(
     program = ""
     if ridge_mod is not None:
         program, r_tensor = _ridge_program("chunk_gka", ridge_mod, ridge, q, count)
-        saves = saves or _needs_grad(r_tensor)
+        saves = saves or (save_x and _needs_grad(r_tensor))
     A_log, dt_bias = (None, None) if gate is None else gate
     kk, kv = (None, None) if initial_state is None else initial_state
     args = (

@@ -2,8 +2,8 @@
 
 They are those of the chunked algorithm with ``CHUNK`` tokens a chunk, whatever the implementation does: a multiply-add
 is two operations, products of tokens of a chunk are counted in full, and what an implementation computes anew for want
-of memory is not counted. Per token and query head, for key dimension D, value dimension V (0: the solve alone) and n
-applications of the solve's operator.
+of memory is not counted, but for the solve of a backward for which nothing was saved. Per token and query head, for key
+dimension D, value dimension V (0: the solve alone) and n applications of the solve's operator.
 
 ``torch.utils.flop_counter`` imports Triton, which ``import gka_ops`` must not. So the formulas are registered when it
 is imported, or at once where it has been.
@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from gka_ops.numerics import forward_iterations
 
 CHUNK = 64
 
@@ -67,7 +69,8 @@ def _forward(named: dict[str, Any]) -> int:
 
 def _backward(named: dict[str, Any]) -> int:
     rows, D, V, n = _of_call(named)
-    return rows * backward_flops(D, V, n, named["d_final_kk"] is not None)
+    solves_again = forward_flops(D, 0, forward_iterations(n)) if n > 0 and named["x"].numel() == 0 else 0
+    return rows * (backward_flops(D, V, n, named["d_final_kk"] is not None) + solves_again)
 
 
 def _decode(named: dict[str, Any]) -> int:

@@ -66,3 +66,8 @@ def iterations_for(ridge: float, tol: float = DEFAULT_TOL) -> int:
 def backward_iterations(num_iter: int) -> int:
     """Operator applications of the adjoint solve that belongs to a forward with ``num_iter`` (0 stays 0)."""
     return num_iter + BACKWARD_EXTRA_ITERATIONS if num_iter > 0 else 0
+
+
+def forward_iterations(num_iter: int) -> int:
+    """Operator applications of the forward to which an adjoint solve with ``num_iter`` belongs (0 stays 0)."""
+    return max(1, num_iter - BACKWARD_EXTRA_ITERATIONS) if num_iter > 0 else 0

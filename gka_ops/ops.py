@@ -348,32 +348,23 @@ def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
 
 
 def _chunk_gka_setup(ctx, inputs, output):
-    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, save_x, ridge_mod, impl = inputs
+    *tensors, ridge_scale, ridge_offset, num_iter, scale, qk_l2norm, _, _, ridge_mod, impl = inputs
     _, _, _, *residuals = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*residuals)
     ctx.save_for_backward(*tensors, *residuals)
-    ctx.scalars = (ridge_scale, ridge_offset, num_iter, scale, qk_l2norm)
-    ctx.recomputes, ctx.mod_and_impl = num_iter > 0 and not save_x, (ridge_mod, impl)
+    ctx.scalars = (ridge_scale, ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, ridge_mod, impl)
 
 
 def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
-    *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv = ctx.saved_tensors
-    ridge_scale, ridge_offset, num_iter, scale, qk_l2norm = ctx.scalars
-    if ctx.recomputes:
-        with torch.no_grad(), _without_autocast():
-            _, _, _, x, x_scale, x_query, fro, boundary_kk, boundary_kv = torch.ops.gka.chunk_gka(
-                *inputs, *ctx.scalars, False, True, *ctx.mod_and_impl
-            )
+    saved = ctx.saved_tensors  # to be asked for once, says torch.utils.checkpoint
+    inputs, residuals = saved[:13], saved[13:]
     if d_output is None:
         q, _, v = inputs[:3]
         d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
     d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
     d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
-    gradients = torch.ops.gka.chunk_gka_backward(
-        d_output, d_final_kk, d_final_kv, *inputs, x, x_scale, x_query, fro, boundary_kk, boundary_kv, ridge_scale,
-        ridge_offset, backward_iterations(num_iter), scale, qk_l2norm, *ctx.mod_and_impl,
-    )  # fmt: skip
+    gradients = torch.ops.gka.chunk_gka_backward(d_output, d_final_kk, d_final_kv, *inputs, *residuals, *ctx.scalars)
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 10
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gka_ops import modifiers
+from gka_ops.numerics import forward_iterations
 from gka_ops.reference import adjoint, chebyshev
 from gka_ops.reference.chebyshev import Inputs, compute_dtype
 
@@ -102,6 +103,13 @@ def unpack_rows(x: Tensor, x_scale: Tensor, x_query: Tensor, q: Tensor) -> Tenso
     """The rows that :func:`pack_rows` saved, or plain rows where ``x_scale`` is empty, in the dtype of q."""
     rows = x.to(q.dtype)
     return rows if x_scale.ndim == 1 else x_query[..., None] * q + x_scale[..., None] * rows
+
+
+def _residuals(result: chebyshev.Forward, q: Tensor, qk_l2norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, x_scale, x_query and fro, as ``chunk_gka`` returns them for the backward."""
+    if q.dtype not in _SIXTEEN_BIT:
+        return result.x, _empty(q), _empty(q), result.fro
+    return *pack_rows(result.x, _query(q, qk_l2norm)), result.fro
 
 
 def chunk_solve(
@@ -221,9 +229,7 @@ def chunk_gka(
     result = chebyshev.forward(inputs, num_iter, scale)
     x, x_scale, x_query, fro = _empty(q, _residual_dtype(q.dtype)), _empty(q), _empty(q), _empty(q)
     if save_x and num_iter > 0:
-        x, fro = result.x, result.fro
-        if q.dtype in _SIXTEEN_BIT:
-            x, x_scale, x_query = pack_rows(x, _query(q, qk_l2norm))
+        x, x_scale, x_query, fro = _residuals(result, q, qk_l2norm)
     final_kk, final_kv = (result.final_kk, result.final_kv) if output_final_state else (_empty(q), _empty(q))
     return result.output.to(q.dtype), final_kk, final_kv, x, x_scale, x_query, fro, _empty(q), _empty(q)
 
@@ -258,7 +264,8 @@ def chunk_gka_backward(
     qk_l2norm: bool,
     ridge_mod: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``chunk_gka``. With ``num_iter > 0`` and an empty ``x``, x and ‖H_t‖_F are computed anew.
+    """Gradients of ``chunk_gka``. With ``num_iter > 0`` and an empty ``x``, x and ‖H_t‖_F are computed anew, as the
+    forward did.
 
     Returns:
         (dq, dk, dv, d_log_decay, d_alpha, d_beta, d_ridge_scale, d_ridge_offset, d_A_log, d_dt_bias, d_initial_kk,
@@ -270,10 +277,10 @@ def chunk_gka_backward(
     )  # fmt: skip
     inputs = _with_tangent(inputs, ridge_mod, fro)
     if num_iter > 0 and x.ndim == 1:
-        result = chebyshev.forward(inputs, num_iter, scale)
-        rows, fro = result.x, result.fro
-    else:
-        rows = unpack_rows(x, x_scale, x_query, _query(q, qk_l2norm))
+        x, x_scale, x_query, fro = _residuals(
+            chebyshev.forward(inputs, forward_iterations(num_iter), scale), q, qk_l2norm
+        )
+    rows = unpack_rows(x, x_scale, x_query, _query(q, qk_l2norm))
     g = adjoint.backward(inputs, rows, fro, d_output, None, d_final_kk, d_final_kv, num_iter, scale)
     d_scale, d_offset = _of_leaves(ridge_mod, ridge_scale_tensor, g.d_ridge_scale, g.d_ridge_offset, fro)
     gradients = g._replace(d_ridge_scale=d_scale, d_ridge_offset=d_offset)

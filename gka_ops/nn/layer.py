@@ -14,7 +14,7 @@ from gka_ops.nn.conv import Packing, ShortConvolution, next_tail
 from gka_ops.nn.norm import GatedRMSNorm
 from gka_ops.numerics import BETA_EPS, DEFAULT_RIDGE, DEFAULT_TOL
 from gka_ops.types import DecayGate, GKAState, Impl, Ridge
-from gka_ops.validation import check_impl, check_tensor, resolve_num_iter
+from gka_ops.validation import check_flag, check_impl, check_tensor, resolve_num_iter
 
 A_RANGE = (2.0**-10, 16.0)
 """Initial decay rates exp(A_log) are uniform in it: Mamba-2's (0, 16) kept away from log 0; per unit of time step."""
@@ -105,6 +105,7 @@ class GatedKalmaNet(nn.Module):
             0 for gated linear attention (then ``alpha_proj`` and ``ridge_proj`` have no effect and zero gradients).
         tol: relative truncation error of the solve that ``num_iter="auto"`` guarantees.
         norm_eps: ε of the output RMSNorm.
+        save_x: whether the operator keeps what its backward needs of the solve, as in :func:`gka_ops.chunk_gka`.
         impl: implementation of the operator, as in :func:`gka_ops.chunk_gka`.
         device: where to create the parameters.
         dtype: dtype of the parameters, except ``A_log`` and ``dt_bias``, which are created in at least fp32.
@@ -133,6 +134,7 @@ class GatedKalmaNet(nn.Module):
         num_iter: int | Literal["auto"] = "auto",
         tol: float = DEFAULT_TOL,
         norm_eps: float = 1e-6,
+        save_x: bool = True,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -155,6 +157,7 @@ class GatedKalmaNet(nn.Module):
         if ridge_range is not None and not 0 < ridge_range[0] < ridge < ridge_range[1] < math.inf:
             raise ValueError(f"GatedKalmaNet: expected a ridge_range around ridge = {ridge}, got {ridge_range}")
         resolve_num_iter("GatedKalmaNet", num_iter, tol, ridge if ridge_range is None else ridge_range[0])
+        check_flag("GatedKalmaNet", "save_x", save_x)
         check_impl("GatedKalmaNet", impl)
 
         self.hidden_size = hidden_size
@@ -169,6 +172,7 @@ class GatedKalmaNet(nn.Module):
         self.ridge_range = ridge_range
         self.num_iter: int | Literal["auto"] = num_iter
         self.tol = tol
+        self.save_x = save_x
         self.impl: Impl = impl
 
         Hq, Hk, Hv, D, V = num_heads, num_kv_heads, num_v_heads, head_dim, head_v_dim
@@ -299,6 +303,7 @@ class GatedKalmaNet(nn.Module):
             initial_state=state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
+            save_x=self.save_x,
             impl=self.impl,
         )
 

@@ -22,7 +22,7 @@ from gka_ops.autotune import choice, device
 from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.key import Problem, bucket
 from gka_ops.autotune.space import padded
-from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS
+from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS, forward_iterations
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
@@ -143,6 +143,7 @@ class _Problem:
         self.ridge_offset_tensor = _contiguous(ridge_offset_tensor)
         self.initial_kk, self.initial_kv = _contiguous(initial_kk), _contiguous(initial_kv)
         self.scale, self.solve, self.qk_l2norm, self.ridge_mod = scale, num_iter > 0, qk_l2norm, ridge_mod
+        self.num_iter = num_iter
 
         self.B, self.T, self.H, self.D = q.shape
         self.V = self.D if v is None else v.shape[-1]
@@ -390,7 +391,7 @@ def new_solution(p: _Problem, x_dtype: torch.dtype) -> _Solved:
     )  # fmt: skip
 
 
-def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
+def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved, num_iter: int) -> None:
     """x and ‖H_t‖_F of the tokens of a slab."""
     if p.tokens == 0:
         return
@@ -400,7 +401,8 @@ def solve(p: _Problem, slab: _Slab, kk: _States, solved: _Solved) -> None:
     launch(with_modifier(kernel, p.ridge_mod), p.chunk_grid(slab),
         q=p.q, k=p.k, **p.gate, beta=p.beta, kk=kk.states, kk_units=kk.units, **solved.stored_x(), fro=solved.fro,
         GROUP=p.group, BLOCK_S=p.config.solve_block_s, FRO_MIN=FRO_MIN, OPERAND=_TRITON_DTYPES[p.operand],
-        **slab.geometry(), **p.tables, **p.ridge, **p.geometry, **p.numerics, **config.launch_options(),
+        **slab.geometry(), **p.tables, **p.ridge | {"num_iter": num_iter}, **p.geometry, **p.numerics,
+        **config.launch_options(),
     )  # fmt: skip
 
 
@@ -688,7 +690,7 @@ def chunk_solve(
         chunk_states(p, p.whole, want_kk, kk, kv)
         if p.solve:
             solved = new_solution(p, torch.float32)
-            solve(p, p.whole, kk, solved)
+            solve(p, p.whole, kk, solved, num_iter)
         else:
             solved = _Solved(unsolved(p), fro=p.new(p.B, p.T, p.H).zero_())
     return solved.x, _or_empty(p, kk.final), solved.fro
@@ -712,7 +714,7 @@ def chunk_gka(
         solved = _Solved()
         if p.solve:
             solved = new_solution(p, p.operand)
-            solve(p, p.whole, kk, solved)
+            solve(p, p.whole, kk, solved, num_iter)
         output = read_out(p, solved, kv)
     if not save_x:
         solved = _Solved()
@@ -727,7 +729,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, log_decay, alpha, beta, ridge scale and offset, A_log, dt_bias, initial kk and kv.
 
-    ``solved`` and ``boundaries`` are what the forward saved; what is missing of them is computed anew.
+    ``solved`` and ``boundaries`` are what the forward saved; what is missing of them is computed anew, x as the forward
+    did.
     """
     grad, d_final = grad.contiguous(), _Pair(*map(_contiguous, d_final))
     through_h = p.solve or d_final.kk is not None
@@ -751,7 +754,7 @@ def _backward(
             for i, slab in reversed(list(enumerate(slabs))):
                 chunk_states(p, slab, through_h, w.kk, w.kv, carry=boundaries.at(i))
                 if solves_again:
-                    solve(p, slab, w.kk, solved)
+                    solve(p, slab, w.kk, solved, forward_iterations(p.num_iter))
                 d_end, d_start = carried[i % 2], carried[(i + 1) % 2]
                 if p.v is not None:
                     if not p.solve:  # dq itself, and π, which is needed at once where nothing comes through H

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gka_ops
 from gka_ops import GKAState
+from gka_ops.activation_checkpoint import save_solve
 from gka_ops.flops import backward_flops, forward_flops
 from gka_ops.numerics import backward_iterations
-from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, run_gka, run_solve
+from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, norm_error, run_gka, run_solve
 
 pytestmark = pytest.mark.gpu
 
@@ -97,3 +99,43 @@ def test_flops_of_known_calls() -> None:
     with FlopCounterMode(display=False) as counter:
         run(p.requiring_grad()).sum().backward()
     assert counter.get_total_flops() == rows * (forward_flops(D, V, n) + backward_flops(D, V, backward_iterations(n)))
+
+
+# -------------------------------------------------------------------------------------- what a backward is given
+@pytest.mark.supports("selective activation checkpointing")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_selective_checkpointing(compiled: bool) -> None:
+    """The gradients of the layer without it, in less memory."""
+    torch.manual_seed(0)
+    layer = gka_ops.GatedKalmaNet(256, 64, 4, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 2000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False, context_fn=save_solve)
+
+    function = torch.compile(run, fullgraph=True) if compiled else run
+    leaves = [x, *layer.parameters()]
+    upstream = torch.randn_like(x)
+    torch.autograd.grad(function(x), leaves, upstream)
+    kept = []
+    for candidate in (layer, function):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        output = candidate(x)
+        kept.append(torch.cuda.memory_allocated() - before)
+        del output
+    assert compiled or kept[1] < kept[0] / 2
+    expected = torch.autograd.grad(layer(x), leaves, upstream)
+    for gradient, wanted in zip(torch.autograd.grad(function(x), leaves, upstream), expected, strict=True):
+        assert norm_error(gradient, wanted) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.supports("save_x=False")
+@pytest.mark.parametrize("T", [200, 40000], ids=["one slab", "several"])
+def test_without_saved_x(T: int) -> None:
+    """The second solve has the heuristics' configuration, and the forward's iterations."""
+    p = problem(torch.bfloat16, T=T)
+    upstream = cotangents(run_gka(p))
+    expected = evaluate(run_gka, p, upstream).gradients
+    for name, gradient in evaluate(lambda p: run_gka(p, save_x=False), p, upstream).gradients.items():
+        assert norm_error(gradient, expected[name]) <= torch.finfo(torch.bfloat16).eps, name

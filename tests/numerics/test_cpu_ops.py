@@ -176,6 +176,7 @@ def test_without_saved_x_the_backward_solves_again() -> None:
     forward = torch.ops.gka.chunk_gka(*tensors, *scalars, False, True, "", "reference")
     inputs = (cotangents({"output": forward[0]})["output"], None, None, *tensors)
     empty = [torch.empty(0)] * 6
+    scalars = (0.02, 0.0, backward_iterations(60), 0.5, False)
     first = torch.ops.gka.chunk_gka_backward(*inputs, *forward[3:], *scalars, "", "reference")
     again = torch.ops.gka.chunk_gka_backward(*inputs, *empty, *scalars, "", "reference")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gka_ops.numerics import backward_iterations
 from gka_ops.triton import slabs
 from tests.conftest import HAS_CUDA
 from tests.helpers import contract
@@ -118,6 +119,8 @@ def test_states_between_slabs_are_formed_anew_where_none_were_saved(monkeypatch:
     assert [tuple(boundary.shape) for boundary in saved[-2:]] == [(4 * 16, 16), (4 * 16, 24)]
     upstream = (cotangents({"output": output})["output"], None, None)
     none = torch.empty(0)
+
+    scalars = (0.02, 0.0, backward_iterations(3), 0.5, True)
 
     def backward(*residuals: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = torch.ops.gka.chunk_gka_backward(
