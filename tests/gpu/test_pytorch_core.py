@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +140,24 @@ def test_without_saved_x(T: int) -> None:
     expected = evaluate(run_gka, p, upstream).gradients
     for name, gradient in evaluate(lambda p: run_gka(p, save_x=False), p, upstream).gradients.items():
         assert norm_error(gradient, expected[name]) <= torch.finfo(torch.bfloat16).eps, name
+
+
+# --------------------------------------------------------------------------------------------------------- determinism
+@pytest.mark.supports("deterministic algorithms")
+@pytest.mark.parametrize("op", RUNS)
+def test_deterministic_algorithms(op: str) -> None:
+    """Nothing is refused or warned of, and runs agree bit for bit: those that are recorded, and those that are replayed."""
+    run = RUNS[op]
+    p = problem(torch.bfloat16, ridge="head")
+    upstream = cotangents(run(p))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runs = [evaluate(run, p, upstream) for _ in range(4)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in runs[1:]:
+        assert_same(other.outputs, runs[0].outputs)
+        assert_same(other.gradients, runs[0].gradients)
+        assert all(bool(gradient.isfinite().all()) for gradient in other.gradients.values())
