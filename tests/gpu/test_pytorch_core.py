@@ -146,7 +146,7 @@ def test_without_saved_x(T: int) -> None:
 @pytest.mark.supports("deterministic algorithms")
 @pytest.mark.parametrize("op", RUNS)
 def test_deterministic_algorithms(op: str) -> None:
-    """Nothing is refused or warned of, and runs agree bit for bit: those that are recorded, and those that are replayed."""
+    """Nothing is refused or warned of, and runs agree bit for bit, recorded ones and replayed ones."""
     run = RUNS[op]
     p = problem(torch.bfloat16, ridge="head")
     upstream = cotangents(run(p))
