@@ -201,22 +201,29 @@ def override(kernel: str, **parameters: int | None) -> Iterator[None]:
     stays as it would be. It holds for this thread or task alone, and for the backward passes that are called in the
     block. Raises ``ValueError`` for other names and values than those of the kernel's space.
     """
-    global _overridden
     if kernel not in space.KERNELS:
         raise ValueError(f"expected a kernel among {', '.join(space.KERNELS)}, got {kernel!r}")
     if reason := space.outside(kernel, parameters, some=True):
         raise ValueError(f"{kernel}: {reason}")
-    before = {name: dict(forced) for name, forced in _overrides.get()}
-    forced = {**before, kernel: {**before.get(kernel, {}), **parameters}}
-    overrides = tuple(sorted((name, tuple(sorted(given.items()))) for name, given in forced.items()))
-    _overridden = True
-    token = _overrides.set(overrides)
+    with forcing(((kernel, tuple(sorted(parameters.items()))),)):
+        _tell_backward()
+        yield
     _tell_backward()
+
+
+@contextlib.contextmanager
+def forcing(overrides: Overrides) -> Iterator[None]:
+    """As :func:`override`, of parameters that are known to be allowed, but for no backward."""
+    global _overridden
+    forced = {name: dict(given) for name, given in _active()}
+    for kernel, parameters in overrides:
+        forced[kernel] = forced.get(kernel, {}) | dict(parameters)
+    _overridden = True
+    token = _overrides.set(tuple(sorted((name, tuple(sorted(given.items()))) for name, given in forced.items())))
     try:
         yield
     finally:
         _overrides.reset(token)
-        _tell_backward()
 
 
 def _tell_backward() -> None:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gka_ops import kernel_options as options
 from gka_ops import modifiers, ops  # registers torch.ops.gka
 from gka_ops import validation as check
+from gka_ops.kernel_options import KernelOptions
 from gka_ops.modifiers import Mod
 from gka_ops.numerics import DEFAULT_RIDGE, DEFAULT_TOL
 from gka_ops.recall import Recall, Replay
@@ -191,6 +193,7 @@ def chunk_gka(
     key_mod: Mod | None = None,
     save_x: bool = True,
     impl: Impl = "auto",
+    kernel_options: KernelOptions | None = None,
 ) -> GKAOutput:
     r"""Gated KalmaNet attention over whole sequences: solve, mix and read out (MATH.md §1–2).
 
@@ -229,6 +232,10 @@ def chunk_gka(
         save_x: whether what the backward needs of the solve (x, ‖H_t‖_F and states, the largest that is saved) is kept
             for it. If not, the backward solves once more, with the same iterations and so to the same gradients.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
+        kernel_options: launch parameters of Triton kernels, in the place of what tables of this card and heuristics
+            say, also in the backward: ``{"readout": {"num_warps": 8}}``, with names and values of ``gka-autotune
+            explain``. For experts: values are checked, and whether a combination is fast, fits a card's shared memory
+            or meets a compiler's bug is not. Without effect on the reference implementation.
 
     Returns:
         ``GKAOutput(output, final_state)``: output [B, T, H, V] in the dtype of q.
@@ -245,10 +252,11 @@ def chunk_gka(
     """
     if decay_mod is not None or query_mod is not None or key_mod is not None:
         q, k, log_decay, gate = _with_mods("chunk_gka", q, k, v, log_decay, gate, decay_mod, query_mod, key_mod)
+    chosen: str = impl if kernel_options is None else options.with_options("chunk_gka", impl, kernel_options)
     known = ridge_mod is None and not torch.compiler.is_compiling()
     signature, call, outputs = (None, None, None) if not known else _recall(
         _chunk_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, initial_state, cu_seqlens,
-        num_iter, tol, scale, qk_l2norm, output_final_state, save_x, impl,
+        num_iter, tol, scale, qk_l2norm, output_final_state, save_x, chosen,
     )  # fmt: skip
     if outputs is not None:
         return GKAOutput(outputs[0], GKAState(*outputs[1:]) if output_final_state else None)
@@ -269,7 +277,7 @@ def chunk_gka(
     kk, kv = (None, None) if initial_state is None else initial_state
     args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, kk, kv, cu_seqlens,
-        r, b, count, factor, qk_l2norm, output_final_state, saves, program, impl,
+        r, b, count, factor, qk_l2norm, output_final_state, saves, program, chosen,
     )  # fmt: skip
     output, final_kk, final_kv, *_ = torch.ops.gka.chunk_gka(*args)
     if signature is not None:
@@ -296,6 +304,7 @@ def chunk_solve(
     query_mod: Mod | None = None,
     key_mod: Mod | None = None,
     impl: Impl = "auto",
+    kernel_options: KernelOptions | None = None,
 ) -> ChunkSolveOutput:
     r"""The ridge-regression solve alone: x_t = (H_t + λ_t I)^{-1} q_t for every token (MATH.md §1–3).
 
@@ -325,9 +334,10 @@ def chunk_solve(
     program = ""
     if ridge_mod is not None:
         program, r_tensor = _ridge_program(op, ridge_mod, ridge, q, count)
+    chosen: str = impl if kernel_options is None else options.with_options(op, impl, kernel_options)
     x, final_kk, _ = torch.ops.gka.chunk_solve(
         q, k, log_decay, beta, r_tensor, b_tensor, A_log, dt_bias, initial_state, cu_seqlens,
-        r, b, count, qk_l2norm, output_final_state, program, impl,
+        r, b, count, qk_l2norm, output_final_state, program, chosen,
     )  # fmt: skip
     return ChunkSolveOutput(x, final_kk if output_final_state else None)
 
@@ -353,6 +363,7 @@ def recurrent_gka(
     query_mod: Mod | None = None,
     key_mod: Mod | None = None,
     impl: Impl = "auto",
+    kernel_options: KernelOptions | None = None,
 ) -> Tensor:
     r"""Decode: advances ``state`` **in place** by the T given tokens of every sequence and returns their outputs.
 
@@ -375,10 +386,11 @@ def recurrent_gka(
     """
     if decay_mod is not None or query_mod is not None or key_mod is not None:
         q, k, log_decay, gate = _with_mods("recurrent_gka", q, k, v, log_decay, gate, decay_mod, query_mod, key_mod)
+    chosen: str = impl if kernel_options is None else options.with_options("recurrent_gka", impl, kernel_options)
     known = ridge_mod is None and not torch.compiler.is_compiling()
     signature, call, outputs = (None, None, None) if not known else _recall(
         _recurrent_gka_calls, q, k, v, log_decay, alpha, beta, ridge, gate, state, state_indices,
-        num_iter, tol, scale, qk_l2norm, impl,
+        num_iter, tol, scale, qk_l2norm, chosen,
     )  # fmt: skip
     if outputs is not None:
         return outputs[0]
@@ -396,7 +408,7 @@ def recurrent_gka(
     A_log, dt_bias = (None, None) if gate is None else gate
     args = (
         q, k, v, log_decay, alpha, beta, r_tensor, b_tensor, A_log, dt_bias, *state, state_indices,
-        r, b, count, factor, qk_l2norm, program, impl,
+        r, b, count, factor, qk_l2norm, program, chosen,
     )  # fmt: skip
     output = torch.ops.gka.recurrent_gka(*args)
     if signature is not None:

@@ -67,7 +67,7 @@ from torch.autograd import forward_ad, profiler
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 
-from gka_ops import validation
+from gka_ops import kernel_options, validation
 from gka_ops.numerics import backward_iterations
 from gka_ops.recall import Replay
 
@@ -222,15 +222,22 @@ def _runs_triton(q: Tensor, impl: str) -> bool:
     """``impl="auto"`` is Triton on CUDA where the kernels support the dtype and head sizes, the reference elsewhere."""
     from gka_ops.triton import checks  # does not import Triton
 
+    impl = kernel_options.bare(impl)
     if impl == "auto":
         return q.device.type == "cuda" and checks.unsupported_reason(q.dtype, q.shape[-1]) is None
     return impl == "triton"
 
 
-def _backend(op: str, q: Tensor, impl: str) -> Any:
-    """The module that runs this call; both have one function per operator with the operator's own signature."""
-    validation.check_backend(op, impl, q)
-    return _module(impl, q.is_cuda, q.dtype, q.size(-1))
+def _run(op: str, q: Tensor, args: tuple[Any, ...]) -> Any:
+    """The operator of the module that runs this call; both have one function per operator with its own signature."""
+    *inputs, impl = args
+    name = kernel_options.bare(impl)
+    validation.check_backend(op, name, q)
+    implementation = getattr(_module(name, q.is_cuda, q.dtype, q.size(-1)), op)
+    if name == impl:
+        return implementation(*inputs)
+    with kernel_options.forcing(op, impl):
+        return implementation(*inputs)
 
 
 @cache
@@ -250,7 +257,9 @@ def _module(impl: str, is_cuda: bool, dtype: torch.dtype, head_dim: int) -> Any:
     return launch
 
 
-def _check_values(op: str, args: tuple[Any, ...], cu_seqlens: Tensor | None, state_indices: Tensor | None) -> None:
+def _check_values(
+    op: str, args: tuple[Any, ...], cu_seqlens: Tensor | None = None, state_indices: Tensor | None = None
+) -> None:
     """Values are read where that is free (``cu_seqlens`` on the CPU) and in debug mode."""
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         validation.check_cu_seqlens_values(op, cu_seqlens, args[0].shape[1])
@@ -264,31 +273,26 @@ def _check_values(op: str, args: tuple[Any, ...], cu_seqlens: Tensor | None, sta
 
 
 def _chunk_solve(*args):
-    q, cu_seqlens, impl = args[0], args[9], args[-1]
-    _check_values("chunk_solve", args, cu_seqlens, None)
-    return _backend("chunk_solve", q, impl).chunk_solve(*args[:-1])
+    _check_values("chunk_solve", args, cu_seqlens=args[9])
+    return _run("chunk_solve", args[0], args)
 
 
 def _chunk_solve_backward(*args):
-    q, impl = args[2], args[-1]
-    return _backend("chunk_solve_backward", q, impl).chunk_solve_backward(*args[:-1])
+    return _run("chunk_solve_backward", args[2], args)
 
 
 def _chunk_gka(*args):
-    q, cu_seqlens, impl = args[0], args[12], args[-1]
-    _check_values("chunk_gka", args, cu_seqlens, None)
-    return _backend("chunk_gka", q, impl).chunk_gka(*args[:-1])
+    _check_values("chunk_gka", args, cu_seqlens=args[12])
+    return _run("chunk_gka", args[0], args)
 
 
 def _chunk_gka_backward(*args):
-    q, impl = args[3], args[-1]
-    return _backend("chunk_gka_backward", q, impl).chunk_gka_backward(*args[:-1])
+    return _run("chunk_gka_backward", args[3], args)
 
 
 def _recurrent_gka(*args):
-    q, state_indices, impl = args[0], args[12], args[-1]
-    _check_values("recurrent_gka", args, None, state_indices)
-    return _backend("recurrent_gka", q, impl).recurrent_gka(*args[:-1])
+    _check_values("recurrent_gka", args, state_indices=args[12])
+    return _run("recurrent_gka", args[0], args)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -538,6 +542,8 @@ def replay_of(op: str, args: tuple[Any, ...], outputs: int) -> Replay | None:
     """
     tensors = tuple(a for a in args if isinstance(a, Tensor))
     keys, q, impl = _keys(tensors), args[0], args[-1]
+    if kernel_options.bare(impl) != impl:  # a replay would not know of them
+        return None
     implementation = getattr(_module(impl, q.is_cuda, q.dtype, q.size(-1)), op)
     needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     if needs_grad or not _only_ours(op, keys) or not hasattr(implementation, "replay_of"):

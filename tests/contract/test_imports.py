@@ -39,8 +39,21 @@ RULES = (
     ),
     Rule(
         "gka_ops.api",
-        ours=("gka_ops.modifiers", "gka_ops.ops", "gka_ops.recall", "gka_ops.validation", "gka_ops.types", NUMERICS),
+        ours=(
+            "gka_ops.kernel_options",
+            "gka_ops.modifiers",
+            "gka_ops.ops",
+            "gka_ops.recall",
+            "gka_ops.validation",
+            "gka_ops.types",
+            NUMERICS,
+        ),
         third_party=TORCH,
+    ),
+    Rule(
+        "gka_ops.kernel_options",
+        ours=("gka_ops.validation",),
+        lazy=("gka_ops.autotune.choice", "gka_ops.autotune.space"),
     ),
     Rule("gka_ops.activation_checkpoint", ours=("gka_ops.ops",), third_party=TORCH),
     Rule("gka_ops.flops", ours=(NUMERICS,), third_party=TORCH),
@@ -50,7 +63,7 @@ RULES = (
     Rule("gka_ops.validation", ours=("gka_ops.types", NUMERICS), third_party=TORCH),
     Rule(
         "gka_ops.ops",
-        ours=("gka_ops.recall", "gka_ops.validation", NUMERICS),
+        ours=("gka_ops.kernel_options", "gka_ops.recall", "gka_ops.validation", NUMERICS),
         lazy=("gka_ops.triton.*", "gka_ops.reference.backend", "gka_ops.reference.double_backward"),
         third_party=TORCH,
     ),
@@ -282,7 +295,18 @@ def test_import_loads_neither_triton_nor_implementations() -> None:
         "gka_ops",
         *(
             f"gka_ops.{m}"
-            for m in ("_version", "api", "flops", "modifiers", "numerics", "ops", "recall", "types", "validation")
+            for m in (
+                "_version",
+                "api",
+                "flops",
+                "kernel_options",
+                "modifiers",
+                "numerics",
+                "ops",
+                "recall",
+                "types",
+                "validation",
+            )
         ),
     }
     assert ours == expected

@@ -19,7 +19,7 @@ from gka_ops.autotune import choice, device, space, table, tuner
 from gka_ops.autotune.key import Problem
 from gka_ops.autotune.worker import Worker, WorkerError
 from tests.helpers.autotune import entry
-from tests.helpers.problems import make_problem, run_gka
+from tests.helpers.problems import make_problem, norm_error, run_gka
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +67,31 @@ def test_overrides_reach_the_backward_pass(launched: dict[str, dict[str, Any]]) 
     assert launched["chunk_backward_key_kernel"]["num_warps"] == 8
     run_gka(problem, num_iter=20, impl="triton")["output"].float().sum().backward()
     assert launched["chunk_backward_key_kernel"]["num_warps"] == 4
+
+
+@pytest.mark.supports("kernel_options")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_options_of_a_call(launched: dict[str, dict[str, Any]], compiled: bool) -> None:
+    """They reach the kernels of the call and of its backward, no others, and change nothing but rounding."""
+    p = make_problem(**SHAPE).requiring_grad()
+    kernels = {"chunk_readout_kernel": 2, "chunk_backward_readout_kernel": 8}
+    options = {"readout": {"num_warps": 2}, "backward_readout": {"num_warps": 8}}
+
+    def run(**options: Any) -> tuple[torch.Tensor, ...]:
+        function = torch.compile(run_gka, fullgraph=True) if compiled else run_gka
+        output = function(p, num_iter=20, **options)["output"]
+        return output, *torch.autograd.grad(output.float().square().sum(), (p.q, p.k, p.v))
+
+    expected = run()
+    assert all(launched[kernel]["num_warps"] != warps for kernel, warps in kernels.items())
+    for _ in range(3):  # recorded, then replayed
+        for found, wanted in zip(run(kernel_options=options), expected, strict=True):
+            assert norm_error(found, wanted) < 1e-2
+    assert all(launched[kernel]["num_warps"] == warps for kernel, warps in kernels.items())
+    launched.clear()
+    run()
+    assert all(launched[kernel]["num_warps"] != warps for kernel, warps in kernels.items() if kernel in launched)
+    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore::gka_ops.autotune.choice.UntunedWarning")
