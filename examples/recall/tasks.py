@@ -1,0 +1,242 @@
+"""The tasks: texts whose last part asks for what their first part said.
+
+``mqar``: multi-query associative recall in Zoology's setting (arXiv 2312.04927). n keys, each followed by its value;
+then 6n tokens in which every key stands once more, where its value is asked for. Gaps follow a power law, other places
+hold random tokens.
+
+``facts``: question answering. Facts about made-up entities are hidden in sources of the standard library; after them
+every fact is asked for. An entity is two made-up words and so is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from examples.recall.presets import TaskPreset
+from examples.stdlib_lm import data
+
+
+class Batch(NamedTuple):
+    """Texts and what is asked in them: Q questions a text, answers of A tokens.
+
+    Attributes:
+        tokens: int64 [B, T].
+        positions: int64 [B, Q, A]; the token after ``positions[b, q, a]`` is to be predicted.
+        answers: int64 [B, Q, A].
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    answers: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Task(Protocol):
+    """Makes batches on the CPU. The same generator state gives the same batch."""
+
+    def length(self, size: int) -> int:
+        """Tokens of a text of this size."""
+
+    def batch(self, size: int, count: int, held_out: bool, generator: torch.Generator) -> Batch:
+        """``count`` texts of this size, of what training or, if ``held_out``, evaluation may use."""
+
+
+def _permutations(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
+    """int64 [rows, count]: the first of a random permutation of 0 … columns − 1 in every row."""
+    return torch.rand(rows, columns, generator=generator).argsort(1)[:, :count]
+
+
+# --------------------------------------------------------------------------------------------------------------- mqar
+GAP_POWER = 0.01
+"""Zoology's: the density of the place at which a key stands again is a·x^(a−1)."""
+
+TOKENS_PER_PAIR = 8
+
+
+class AssociativeRecall:
+    """See the module. Keys are from the lower half of the vocabulary, without 0, and values from the upper half.
+
+    Training and evaluation draw from the same distribution; of N! · C(V/2, N)² texts they meet none twice.
+    """
+
+    def __init__(self, preset: TaskPreset) -> None:
+        self.vocabulary = preset.vocabulary
+        most = max(*preset.train_sizes, *preset.eval_sizes)
+        if 2 * most + 1 > preset.vocabulary:
+            raise ValueError(f"expected a vocabulary of more than {2 * most} for {most} pairs, got {preset.vocabulary}")
+
+    def length(self, size: int) -> int:
+        return TOKENS_PER_PAIR * size
+
+    def batch(self, size: int, count: int, held_out: bool, generator: torch.Generator) -> Batch:
+        half = self.vocabulary // 2
+        keys = 1 + _permutations(count, half - 1, size, generator)
+        values = half + _permutations(count, self.vocabulary - half, size, generator)
+        pairs = torch.stack((keys, values), 2).flatten(1)
+        rest = torch.randint(self.vocabulary, (count, (TOKENS_PER_PAIR - 2) * size), generator=generator)
+        places = rest.shape[1] // 2
+        weights = torch.arange(1, places + 1).pow(GAP_POWER - 1).expand(count, -1)
+        positions = 2 * torch.multinomial(weights, size, generator=generator)  # without replacement
+        tokens = torch.cat((pairs, rest.scatter(1, positions, keys)), 1)
+        return Batch(tokens, (positions + 2 * size)[..., None], values[..., None])
+
+
+# -------------------------------------------------------------------------------------------------------------- facts
+STEMS = 256
+"""Made-up words, a token each."""
+
+FACT = ("\n", "#", " code", " of", "A", "B", " is", "C", "D", "\n")
+QUESTION = ("\n", "#", " which", " code", "?", "A", "B", " =", "C", "D")
+"""A B is the entity, C D the answer; the other parts are tokens as they stand."""
+
+HELD_OUT_ENTITIES = 8
+"""Of so many entities one is met in evaluation only."""
+
+_PIECE = re.compile(r" ?\w+| ?[^\w\s]+|\s")
+
+
+class Tokenizer:
+    """Bytes, the most frequent pieces of the training half of the standard library, and made-up words. Lossless.
+
+    Args:
+        text: what pieces are counted in.
+        vocabulary: number of tokens.
+    """
+
+    def __init__(self, text: bytes, vocabulary: int) -> None:
+        template = [part for part in dict.fromkeys(FACT + QUESTION) if len(part) > 1]
+        fixed = 256 + STEMS + len(template)
+        if vocabulary < fixed:
+            raise ValueError(f"expected a vocabulary of at least {fixed}, got {vocabulary}")
+        consonants, vowels = "bdfgklmnprstvz", "aeiou"
+        syllables = [c + v for c in consonants for v in vowels]
+        counts = Counter(_PIECE.findall(text.decode("utf-8", "replace")))
+        words = (f" {a}{b}" for i, a in enumerate(syllables) for b in syllables[i + 1 :: 7])
+        stems = [word for word in words if word not in counts][:STEMS]
+        frequent = (piece for piece, _ in counts.most_common() if len(piece) > 1 and piece not in template)
+        pieces = [*template, *(piece for piece, _ in zip(frequent, range(vocabulary - fixed), strict=False))]
+        self.vocabulary = vocabulary
+        self.stems = range(256, 256 + STEMS)
+        self._known = {word: 256 + i for i, word in enumerate([*stems, *pieces])}
+        self._bytes = [bytes([i]) for i in range(256)] + [word.encode() for word in [*stems, *pieces]]
+
+    def encode(self, text: bytes) -> Tensor:
+        """int64 [tokens]."""
+        tokens: list[int] = []
+        for piece in _PIECE.findall(text.decode("utf-8", "surrogateescape")):
+            known = self._known.get(piece)
+            if known is None:
+                tokens.extend(piece.encode("utf-8", "surrogateescape"))
+            else:
+                tokens.append(known)
+        return torch.tensor(tokens)
+
+    def decode(self, tokens: Tensor) -> bytes:
+        return b"".join(self._bytes[token] for token in tokens.tolist())
+
+    def template(self, parts: Sequence[str]) -> list[int]:
+        """The tokens of ``FACT`` or ``QUESTION``; 0 for A, B, C and D."""
+        return [0 if part in "ABCD" else self._known.get(part, ord(part[0])) for part in parts]
+
+
+class Facts:
+    """See the module. The answers are drawn apart from the entities: only the fact in the text tells them.
+
+    Filler, and the entities that facts are about, are others in evaluation than in training.
+
+    Args:
+        root: where the filler is read from, by default the standard library.
+    """
+
+    def __init__(self, preset: TaskPreset, root: Path | None = None) -> None:
+        corpus = data.load_corpus(root)
+        train, held_out = (bytes(part.numpy()) for part in (corpus.train, corpus.held_out))
+        self.items = preset.items
+        self.tokenizer = Tokenizer(train, preset.vocabulary)
+        self._filler = {False: self.tokenizer.encode(train), True: self.tokenizer.encode(held_out)}
+        self._fact, self._question = (torch.tensor(self.tokenizer.template(parts)) for parts in (FACT, QUESTION))
+        pairs = torch.cartesian_prod(torch.arange(STEMS), torch.arange(STEMS))
+        kept = pairs.sum(1) % HELD_OUT_ENTITIES == 0
+        self.entities = {False: pairs[~kept], True: pairs[kept]}
+        least = self.items * (len(FACT) + len(QUESTION))
+        for size in (*preset.train_sizes, *preset.eval_sizes):
+            if size <= least:
+                raise ValueError(f"expected texts of more than {least} tokens for {self.items} facts, got {size}")
+        for held, sizes in ((False, preset.train_sizes), (True, preset.eval_sizes)):
+            if self._filler[held].numel() <= max(sizes):
+                raise ValueError(
+                    f"expected more than {max(sizes)} tokens of filler, got {self._filler[held].numel()} of it"
+                )
+
+    def length(self, size: int) -> int:
+        return size
+
+    def batch(self, size: int, count: int, held_out: bool, generator: torch.Generator) -> Batch:
+        B, n = count, self.items
+        first = self.tokenizer.stems[0]
+        entities = first + self._distinct(held_out, B, generator)
+        answers = first + torch.randint(STEMS, (B, n, 2), generator=generator)
+
+        order = _permutations(B, n, n, generator)
+        facts = _written(self._fact, FACT, entities, answers)
+        asked, told = (x.gather(1, order[..., None].expand(-1, -1, 2)) for x in (entities, answers))
+        questions = _written(self._question, QUESTION, asked, told)
+
+        filler_length = size - n * (len(FACT) + len(QUESTION))
+        filler = self._filler[held_out]
+        starts = torch.randint(filler.numel() - filler_length + 1, (B, 1), generator=generator)
+        filler = filler[starts + torch.arange(filler_length)]
+        before = torch.randint(filler_length + 1, (B, n), generator=generator).sort(1).values  # filler before a fact
+        begins = before + len(FACT) * torch.arange(n)
+        body = filler.new_empty(B, size - n * len(QUESTION))
+        is_fact = torch.zeros_like(body, dtype=torch.bool)
+        is_fact.scatter_(1, (begins[..., None] + torch.arange(len(FACT))).flatten(1), True)
+        body[is_fact] = facts.flatten()
+        body[~is_fact] = filler.flatten()
+
+        at = torch.tensor([QUESTION.index("C"), QUESTION.index("D")]) - 1
+        positions = body.shape[1] + len(QUESTION) * torch.arange(n)[:, None] + at
+        return Batch(torch.cat((body, questions.flatten(1)), 1), positions.expand(B, n, 2).contiguous(), told)
+
+    def _distinct(self, held_out: bool, rows: int, generator: torch.Generator) -> Tensor:
+        """Stems of entities, [rows, items, 2], distinct in a row: those with a repetition are drawn anew."""
+        known = self.entities[held_out]
+        chosen = torch.randint(known.shape[0], (rows, self.items), generator=generator)
+        while (again := (chosen.sort(1).values.diff(dim=1) == 0).any(1)).any():
+            chosen[again] = torch.randint(known.shape[0], (int(again.sum()), self.items), generator=generator)
+        return known[chosen]
+
+
+def _written(template: Tensor, parts: Sequence[str], entities: Tensor, answers: Tensor) -> Tensor:
+    """[B, n, len(parts)]: the template with entities and answers, [B, n, 2] each."""
+    text = template.expand(*entities.shape[:2], -1).clone()
+    for name, words in (("A", entities[..., 0]), ("B", entities[..., 1]), ("C", answers[..., 0]), ("D", answers[..., 1])):
+        text[..., parts.index(name)] = words
+    return text
+
+
+TASKS: dict[str, Callable[[TaskPreset], Task]] = {"mqar": AssociativeRecall, "facts": Facts}
+
+
+def training_batch(task: Task, preset: TaskPreset, seed: int, step: int) -> Batch:
+    """The batch of a step, a function of its arguments alone, so that a training can go on from any step."""
+    size = preset.train_sizes[step % len(preset.train_sizes)]
+    generator = torch.Generator().manual_seed(2 * (seed * 1_000_003 + step))
+    return task.batch(size, max(1, preset.tokens_per_step // task.length(size)), False, generator)
+
+
+def evaluation_batches(task: Task, preset: TaskPreset, size: int, most_tokens: int) -> list[Batch]:
+    """The texts of ``size`` that every model of every seed is evaluated on, in batches of ``most_tokens`` or one."""
+    generator = torch.Generator().manual_seed(2 * size + 1)  # training has even ones
+    whole = task.batch(size, preset.eval_texts, True, generator)
+    count = max(1, most_tokens // task.length(size))
+    return [Batch(*parts) for parts in zip(*(tensor.split(count) for tensor in whole), strict=True)]
