@@ -7,6 +7,7 @@ parameters, a few of which some cores leave unused: attention all gates, those w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ from gka_ops.reference.kalman import KalmanState, kalman_step
 
 FIXED_RIDGE = 0.25
 """λ where it does not follow ‖H_t‖: what MesaNet (arXiv 2506.05233) bounds its own from below with."""
+
+MEMORY = (8192.0, 64.0)
+"""Tokens after which heads have forgotten to 1/e at first, log-uniform. The layer's own initial decays, Mamba-2's, leave
+a few heads with a memory of some ten tokens, and what happened before that has no gradient to be learnt from."""
 
 CHUNK = 64
 """Tokens whose H_t conjugate gradients solve for at once."""
@@ -182,6 +187,11 @@ class StudiedMixer(GatedKalmaNet):
     def __init__(self, hidden_size: int, head_dim: int, num_heads: int, core: Core, num_iter: int) -> None:
         super().__init__(hidden_size, head_dim, num_heads, num_iter=num_iter)
         self.core = core
+        assert self.A_log is not None and self.dt_bias is not None and self.a_proj is not None
+        with torch.no_grad():
+            rate = torch.empty_like(self.dt_bias).uniform_(*(-math.log(tokens) for tokens in MEMORY)).exp()
+            self.A_log.zero_()
+            self.dt_bias.copy_(rate.expm1().log())  # the inverse of softplus
 
     def forward(
         self,

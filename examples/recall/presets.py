@@ -14,6 +14,7 @@ class TaskPreset:
         train_sizes: what training texts are made of, in turns: numbers of pairs (mqar) or of tokens (facts).
         eval_sizes: the same for evaluation.
         items: facts of a text (facts); unused where the sizes say it (mqar).
+        words: made-up words that entities and answers are of (facts).
         vocabulary: number of tokens.
         tokens_per_step: tokens of a batch, of any size; at least one text.
         steps: optimiser steps of each training.
@@ -26,6 +27,7 @@ class TaskPreset:
     train_sizes: tuple[int, ...]
     eval_sizes: tuple[int, ...]
     items: int
+    words: int
     vocabulary: int
     tokens_per_step: int
     steps: int
@@ -85,8 +87,8 @@ PRESETS: dict[str, Preset] = {
             eval_tokens=512,
             kalman_tokens=128,
             tasks=(
-                TaskPreset("mqar", (2, 4), (4, 8), 0, 64, 128, 4, 3e-3, 2, 4),
-                TaskPreset("facts", (128,), (128, 256), 3, 1024, 256, 4, 3e-3, 2, 4),
+                TaskPreset("mqar", (2, 4), (4, 8), 0, 0, 64, 128, 4, 3e-3, 2, 4),
+                TaskPreset("facts", (128,), (128, 256), 3, 64, 1024, 256, 4, 3e-3, 2, 4),
             ),
         ),
         # Sized for two cores and ten minutes with one seed.
@@ -97,14 +99,14 @@ PRESETS: dict[str, Preset] = {
             num_heads=2,
             head_dim=16,
             mlp_size=128,
-            num_iter=30,
-            iterations=(5, 10, 20),
+            num_iter=10,
+            iterations=(5, 20, 30),
             bf16=False,
             eval_tokens=8192,
             kalman_tokens=2048,
             tasks=(
-                TaskPreset("mqar", (4, 8, 16), (8, 16, 32), 0, 256, 1024, 400, 1e-2, 40, 64),
-                TaskPreset("facts", (512,), (512, 2048, 8192), 8, 1024, 2048, 400, 1e-2, 40, 16),
+                TaskPreset("mqar", (4, 8, 16), (8, 16, 32), 0, 0, 256, 1024, 800, 5e-3, 40, 64),
+                TaskPreset("facts", (192,), (192, 512, 2048), 8, 64, 1024, 1536, 800, 5e-3, 40, 32),
             ),
         ),
         Preset(
@@ -120,8 +122,8 @@ PRESETS: dict[str, Preset] = {
             eval_tokens=524288,
             kalman_tokens=16384,
             tasks=(
-                TaskPreset("mqar", (64, 128, 256, 512), (64, 128, 256, 512), 0, 8192, 65536, 1200, 3e-3, 100, 64),
-                TaskPreset("facts", (4096,), (4096, 16384, 65536, 131072), 32, 4096, 65536, 1200, 3e-3, 100, 16),
+                TaskPreset("mqar", (64, 128, 256, 512), (64, 128, 256, 512), 0, 0, 8192, 65536, 1200, 3e-3, 100, 64),
+                TaskPreset("facts", (1024, 4096), (4096, 16384, 65536, 131072), 32, 256, 4096, 65536, 1200, 3e-3, 100, 16),
             ),
         ),
     )
