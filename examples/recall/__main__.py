@@ -35,7 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="of each training, instead of the preset's")
     parser.add_argument("--learning-rate", type=float, help="peak, instead of the preset's")
-    parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="stops then, to go on with the same command")
+    parser.add_argument(
+        "--time-budget", type=float, metavar="SECONDS", help="stops then, to go on with the same command"
+    )
     parser.add_argument("--out", type=Path, default=Path(".recall"), help="where results and weights stand (.recall)")
     parser.add_argument("--report", action="store_true", help="trains and evaluates nothing")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="also writes the tables of the documentation")

@@ -111,9 +111,8 @@ def evaluate(
     predicted, decoded, answers = [], [], []
     try:
         with model.solving(core, setting.num_iter), autocast(setting.precision == "bf16", device):
-            for batch in evaluation_batches(task, sizes, setting.size, preset.eval_tokens):
+            for batch in evaluation_batches(task, sizes, setting.size, preset.eval_tokens, device):
                 deadline.check()
-                batch = batch.to(device)
                 likeliest = model(batch.tokens, batch.positions).argmax(-1)
                 predicted.append(likeliest.flatten(0, 1).cpu())
                 answers.append(batch.answers.flatten(0, 1).cpu())

@@ -212,5 +212,3 @@ class StudiedMixer(GatedKalmaNet):
         o = self.core(self.operands(x), gate, num_iter)
         y: Tensor = self.o_proj(self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:])).flatten(-2))
         return y
-
-

@@ -97,7 +97,7 @@ PRESETS: dict[str, Preset] = {
             hidden_size=64,
             layers=2,
             num_heads=2,
-            head_dim=16,
+            head_dim=32,
             mlp_size=128,
             num_iter=10,
             iterations=(5, 20, 30),
@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
             kalman_tokens=2048,
             tasks=(
                 TaskPreset("mqar", (4, 8, 16), (8, 16, 32), 0, 0, 256, 1024, 800, 5e-3, 40, 64),
-                TaskPreset("facts", (192,), (192, 512, 2048), 8, 64, 1024, 1536, 800, 5e-3, 40, 32),
+                TaskPreset("facts", (96,), (96, 512, 2048), 4, 64, 1024, 1536, 1000, 1e-2, 50, 64),
             ),
         ),
         Preset(
@@ -122,8 +122,13 @@ PRESETS: dict[str, Preset] = {
             eval_tokens=524288,
             kalman_tokens=16384,
             tasks=(
-                TaskPreset("mqar", (64, 128, 256, 512), (64, 128, 256, 512), 0, 0, 8192, 65536, 1200, 3e-3, 100, 64),
-                TaskPreset("facts", (1024, 4096), (4096, 16384, 65536, 131072), 32, 256, 4096, 65536, 1200, 3e-3, 100, 16),
+                TaskPreset(
+                    "mqar", (16, 64, 128, 256, 512), (64, 128, 256, 512), 0, 0, 8192, 65536, 1200, 3e-3, 100, 64
+                ),
+                # With texts of 1024 tokens in turns, which have more facts a token: they start the learning.
+                TaskPreset(
+                    "facts", (1024, 4096), (4096, 16384, 65536, 131072), 32, 256, 4096, 65536, 1200, 5e-3, 100, 16
+                ),
             ),
         ),
     )

@@ -1,8 +1,8 @@
 """Runs the jobs of a study and keeps what they found.
 
 A job is one trained model, ``TASK-VARIANT-SEED``. Below the study's folder stand ``results/JOB.json``, written after
-every evaluation, and ``weights/JOB.pt``. Whatever was interrupted goes on from there. A lock on each job lets any number
-of processes work in one folder.
+every evaluation, and ``weights/JOB.pt``. Whatever was interrupted goes on from there. A lock on each job lets any
+number of processes work in one folder.
 """
 
 from __future__ import annotations

@@ -36,12 +36,9 @@ class Batch(NamedTuple):
     positions: Tensor
     answers: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
 
 class Task(Protocol):
-    """Makes batches on the CPU. The same generator state gives the same batch."""
+    """Makes batches on the device of the generator, without waiting for it. Equal states give equal batches."""
 
     def length(self, size: int) -> int:
         """Tokens of a text of this size."""
@@ -52,7 +49,7 @@ class Task(Protocol):
 
 def _permutations(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
     """int64 [rows, count]: the first of a random permutation of 0 … columns − 1 in every row."""
-    return torch.rand(rows, columns, generator=generator).argsort(1)[:, :count]
+    return torch.rand(rows, columns, generator=generator, device=generator.device).argsort(1)[:, :count]
 
 
 # --------------------------------------------------------------------------------------------------------------- mqar
@@ -78,13 +75,13 @@ class AssociativeRecall:
         return TOKENS_PER_PAIR * size
 
     def batch(self, size: int, count: int, held_out: bool, generator: torch.Generator) -> Batch:
-        half = self.vocabulary // 2
+        half, device = self.vocabulary // 2, generator.device
         keys = 1 + _permutations(count, half - 1, size, generator)
         values = half + _permutations(count, self.vocabulary - half, size, generator)
         pairs = torch.stack((keys, values), 2).flatten(1)
-        rest = torch.randint(self.vocabulary, (count, (TOKENS_PER_PAIR - 2) * size), generator=generator)
+        rest = torch.randint(self.vocabulary, (count, (TOKENS_PER_PAIR - 2) * size), generator=generator, device=device)
         places = rest.shape[1] // 2
-        weights = torch.arange(1, places + 1).pow(GAP_POWER - 1).expand(count, -1)
+        weights = torch.arange(1, places + 1, device=device).pow(GAP_POWER - 1).expand(count, -1)
         positions = 2 * torch.multinomial(weights, size, generator=generator)  # without replacement
         tokens = torch.cat((pairs, rest.scatter(1, positions, keys)), 1)
         return Batch(tokens, (positions + 2 * size)[..., None], values[..., None])
@@ -167,7 +164,9 @@ class Facts:
         self.tokenizer = Tokenizer(train, preset.vocabulary, preset.words)
         self._filler = {False: self.tokenizer.encode(train), True: self.tokenizer.encode(held_out)}
         self._fact, self._question = (torch.tensor(self.tokenizer.template(parts)) for parts in (FACT, QUESTION))
+        # Mixed once, so that the shares of :meth:`_distinct` are random ones.
         pairs = torch.cartesian_prod(torch.arange(preset.words), torch.arange(preset.words))
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
         kept = pairs.sum(1) % HELD_OUT_ENTITIES == 0
         self.entities = {False: pairs[~kept], True: pairs[kept]}
         least = self.items * (len(FACT) + len(QUESTION))
@@ -184,45 +183,48 @@ class Facts:
         return size
 
     def batch(self, size: int, count: int, held_out: bool, generator: torch.Generator) -> Batch:
-        B, n = count, self.items
+        B, n, device = count, self.items, generator.device
         first = self.tokenizer.words[0]
         entities = first + self._distinct(held_out, B, generator)
-        answers = first + torch.randint(len(self.tokenizer.words), (B, n, 2), generator=generator)
+        words = len(self.tokenizer.words)
+        answers = first + torch.randint(words, (B, n, 2), generator=generator, device=device)
 
         order = _permutations(B, n, n, generator)
-        facts = _written(self._fact, FACT, entities, answers)
+        fact, question = self._fact.to(device), self._question.to(device)
+        facts = _written(fact, FACT, entities, answers)
         asked, told = (x.gather(1, order[..., None].expand(-1, -1, 2)) for x in (entities, answers))
-        questions = _written(self._question, QUESTION, asked, told)
+        questions = _written(question, QUESTION, asked, told)
 
         filler_length = size - n * (len(FACT) + len(QUESTION))
-        filler = self._filler[held_out]
-        starts = torch.randint(filler.numel() - filler_length + 1, (B, 1), generator=generator)
-        filler = filler[starts + torch.arange(filler_length)]
-        before = torch.randint(filler_length + 1, (B, n), generator=generator).sort(1).values  # filler before a fact
-        begins = before + len(FACT) * torch.arange(n)
+        self._filler[held_out] = filler = self._filler[held_out].to(device)
+        starts = torch.randint(filler.numel() - filler_length + 1, (B, 1), generator=generator, device=device)
+        place = torch.arange(filler_length, device=device)
+        # Fact i stands before the filler's token `before[i]`.
+        before = torch.randint(filler_length + 1, (B, n), generator=generator, device=device).sort(1).values
+        begins = before + len(FACT) * torch.arange(n, device=device)
+        facts_at = (begins[..., None] + torch.arange(len(FACT), device=device)).flatten(1)
+        filler_at = place + len(FACT) * torch.searchsorted(before, place.expand(B, -1).contiguous(), right=True)
         body = filler.new_empty(B, size - n * len(QUESTION))
-        is_fact = torch.zeros_like(body, dtype=torch.bool)
-        is_fact.scatter_(1, (begins[..., None] + torch.arange(len(FACT))).flatten(1), True)
-        body[is_fact] = facts.flatten()
-        body[~is_fact] = filler.flatten()
+        body.scatter_(1, facts_at, facts.flatten(1)).scatter_(1, filler_at, filler[starts + place])
 
-        at = torch.tensor([QUESTION.index("C"), QUESTION.index("D")]) - 1
-        positions = body.shape[1] + len(QUESTION) * torch.arange(n)[:, None] + at
+        at = torch.tensor([QUESTION.index("C"), QUESTION.index("D")], device=device) - 1
+        positions = body.shape[1] + len(QUESTION) * torch.arange(n, device=device)[:, None] + at
         return Batch(torch.cat((body, questions.flatten(1)), 1), positions.expand(B, n, 2).contiguous(), told)
 
     def _distinct(self, held_out: bool, rows: int, generator: torch.Generator) -> Tensor:
-        """Words of entities, from 0, [rows, items, 2], distinct in a row: those with a repetition are drawn anew."""
-        known = self.entities[held_out]
-        chosen = torch.randint(known.shape[0], (rows, self.items), generator=generator)
-        while (again := (chosen.sort(1).values.diff(dim=1) == 0).any(1)).any():
-            chosen[again] = torch.randint(known.shape[0], (int(again.sum()), self.items), generator=generator)
+        """Words of entities, from 0, [rows, items, 2], distinct in a row: one of each of ``items`` shares, mixed."""
+        device = generator.device
+        self.entities[held_out] = known = self.entities[held_out].to(device)
+        share = known.shape[0] // self.items
+        chosen = torch.randint(share, (rows, self.items), generator=generator, device=device)
+        chosen = chosen + share * _permutations(rows, self.items, self.items, generator)
         return known[chosen]
 
 
 def _written(template: Tensor, parts: Sequence[str], entities: Tensor, answers: Tensor) -> Tensor:
     """[B, n, len(parts)]: the template with entities and answers, [B, n, 2] each."""
     text = template.expand(*entities.shape[:2], -1).clone()
-    for name, words in (("A", entities[..., 0]), ("B", entities[..., 1]), ("C", answers[..., 0]), ("D", answers[..., 1])):
+    for name, words in zip("ABCD", torch.cat((entities, answers), 2).unbind(2), strict=True):
         text[..., parts.index(name)] = words
     return text
 
@@ -230,16 +232,18 @@ def _written(template: Tensor, parts: Sequence[str], entities: Tensor, answers: 
 TASKS: dict[str, Callable[[TaskPreset], Task]] = {"mqar": AssociativeRecall, "facts": Facts}
 
 
-def training_batch(task: Task, preset: TaskPreset, seed: int, step: int) -> Batch:
+def training_batch(task: Task, preset: TaskPreset, seed: int, step: int, device: torch.device) -> Batch:
     """The batch of a step, a function of its arguments alone, so that a training can go on from any step."""
     size = preset.train_sizes[step % len(preset.train_sizes)]
-    generator = torch.Generator().manual_seed(2 * (seed * 1_000_003 + step))
+    generator = torch.Generator(device).manual_seed(2 * (seed * 1_000_003 + step))
     return task.batch(size, max(1, preset.tokens_per_step // task.length(size)), False, generator)
 
 
-def evaluation_batches(task: Task, preset: TaskPreset, size: int, most_tokens: int) -> list[Batch]:
+def evaluation_batches(
+    task: Task, preset: TaskPreset, size: int, most_tokens: int, device: torch.device
+) -> list[Batch]:
     """The texts of ``size`` that every model of every seed is evaluated on, in batches of ``most_tokens`` or one."""
-    generator = torch.Generator().manual_seed(2 * size + 1)  # training has even ones
+    generator = torch.Generator(device).manual_seed(2 * size + 1)  # training has even ones
     whole = task.batch(size, preset.eval_texts, True, generator)
     count = max(1, most_tokens // task.length(size))
     return [Batch(*parts) for parts in zip(*(tensor.split(count) for tensor in whole), strict=True)]

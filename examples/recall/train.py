@@ -130,7 +130,7 @@ def train(
     try:
         for step in range(len(losses), sizes.steps):
             deadline.check()
-            batch = training_batch(task, sizes, seed, step).to(device)
+            batch = training_batch(task, sizes, seed, step, device)
             with autocast(preset.bf16, device):
                 logits = model(batch.tokens, batch.positions)
             loss = F.cross_entropy(logits.flatten(0, 2).float(), batch.answers.flatten())
