@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -160,74 +160,59 @@ def _line(axes: Any, points: list[tuple[float, list[float]]], label: str, **styl
     axes.errorbar([x for x, _ in points], means, spread, label=label, marker="o", capsize=2, **style)
 
 
-def _panels(results: list[Stored]) -> Iterator[tuple[str, Any, Any]]:
-    for task in _tasks(results):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-        yield task, figure, axes
-        axes.set_ylabel("exact match, %")
-        axes.set_ylim(-2, 102)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-
-
 def plot(results: list[Stored], out: Path) -> list[Path]:
     """Writes the plots below ``out``; returns them."""
     written = []
 
-    def write(figure: Any, name: str) -> None:
-        figure.savefig(out / name, dpi=150)
-        pyplot.close(figure)
+    def write(name: str, axes: Any, title: str, xlabel: str, ylabel: str = "exact match, %") -> None:
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        axes.figure.savefig(out / name, dpi=120)
+        pyplot.close(axes.figure)
         written.append(out / name)
 
-    for task, figure, axes in _panels(results):  # recall against length, or against the number of pairs
-        sizes = _eval_sizes(results, task)
+    def new() -> Any:
+        return pyplot.subplots(figsize=(7, 4.2), layout="constrained")[1]
+
+    for task in _tasks(results):
+        sizes, unit = _eval_sizes(results, task), SIZES[task]
+        exact = partial(_values, results, task, metric="exact_match")
+
+        axes = new()  # fp32 is drawn through, bf16 dashed
         for i, (variant, known) in enumerate(VARIANTS.items()):
             for precision, style in zip(PRECISIONS, ("-", "--"), strict=True):
-                points = [
-                    (size, _values(results, task, variant, "exact_match", solver="own", precision=precision, size=size))
-                    for size in sizes
-                ]
+                points = [(n, exact(variant=variant, solver="own", precision=precision, size=n)) for n in sizes]
                 _line(axes, points, f"{known.label}, {precision}", color=f"C{i}", linestyle=style)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_xlabel(SIZES[task])
-        axes.set_title(f"{task}: recall of trained models")
-        axes.set_ylabel("exact match, %")
-        axes.legend(fontsize="small")
-        write(figure, f"{task}.png")
+        write(f"{task}.png", axes, f"{task}: recall of trained models", unit)
 
-    for task, figure, axes in _panels(results):  # against the number of iterations
+        axes = new()
         trained = results[0]["preset"]["num_iter"]
         counts = sorted({*results[0]["preset"]["iterations"], trained})
-        for i, size in enumerate(_eval_sizes(results, task)):
+        for i, size in enumerate(sizes):
             for precision, style in zip(PRECISIONS, ("-", "--"), strict=True):
+                setting = {"variant": "gka", "size": size, "precision": precision}
                 points = [
-                    (
-                        count,
-                        _values(
-                            results, task, "gka", "exact_match", size=size, precision=precision, num_iter=count,
-                            solver="own" if count == trained else "chebyshev",
-                        ),
-                    )
-                    for count in counts
-                ]  # fmt: skip
-                _line(axes, points, f"{size} {SIZES[task]}, {precision}", color=f"C{i}", linestyle=style)
-        axes.set_xlabel("Chebyshev iterations at evaluation")
-        axes.set_title(f"{task}: trained with {trained} iterations")
-        write(figure, f"{task}-iterations.png")
+                    (n, exact(**setting, num_iter=n, solver="own" if n == trained else "chebyshev")) for n in counts
+                ]
+                _line(axes, points, f"{size} {unit}, {precision}", color=f"C{i}", linestyle=style)
+        title = f"{task}: GKA, trained with {trained} iterations"
+        write(f"{task}-iterations.png", axes, title, "Chebyshev iterations at evaluation")
 
-    for task, figure, axes in _panels(results):  # training
-        for i, variant in enumerate(VARIANTS):
-            for result in results:
-                if (result["task"], result["variant"]) != (task, variant) or "training" not in result:
-                    continue
-                curve = _curve(result["training"]["losses"])
-                label = VARIANTS[variant].label if result["seed"] == min(r["seed"] for r in results) else None
+        axes = new()
+        for i, (variant, known) in enumerate(VARIANTS.items()):
+            curves = [
+                _curve(result["training"]["losses"])
+                for result in results
+                if (result["task"], result["variant"]) == (task, variant) and "training" in result
+            ]
+            for curve in curves:
+                label = known.label if curve is curves[0] else None
                 axes.plot([step for step, _ in curve], [loss for _, loss in curve], color=f"C{i}", label=label)
-        axes.set_xlabel("step")
-        axes.set_title(f"{task}: training")
-        write(figure, f"{task}-training.png")
+        write(f"{task}-training.png", axes, f"{task}: training", "step", "loss, bits a token of an answer")
     return written
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -148,6 +149,15 @@ class Tokenizer:
         return [0 if part in "ABCD" else self._known.get(part, ord(part[0])) for part in parts]
 
 
+@lru_cache(maxsize=1)
+def _tokens(vocabulary: int, words: int, root: Path | None) -> tuple[Tokenizer, Tensor, Tensor]:
+    """The tokenizer, and the tokens of the training and of the held-out files."""
+    corpus = data.load_corpus(root)
+    train, held_out = (bytes(part.numpy()) for part in (corpus.train, corpus.held_out))
+    tokenizer = Tokenizer(train, vocabulary, words)
+    return tokenizer, tokenizer.encode(train), tokenizer.encode(held_out)
+
+
 class Facts:
     """See the module. The answers are drawn apart from the entities: only the fact in the text tells them.
 
@@ -158,21 +168,19 @@ class Facts:
     """
 
     def __init__(self, preset: TaskPreset, root: Path | None = None) -> None:
-        corpus = data.load_corpus(root)
-        train, held_out = (bytes(part.numpy()) for part in (corpus.train, corpus.held_out))
         self.items = preset.items
-        self.tokenizer = Tokenizer(train, preset.vocabulary, preset.words)
-        self._filler = {False: self.tokenizer.encode(train), True: self.tokenizer.encode(held_out)}
+        least = self.items * (len(FACT) + len(QUESTION))
+        for size in (*preset.train_sizes, *preset.eval_sizes):
+            if size <= least:
+                raise ValueError(f"expected texts of more than {least} tokens for {self.items} facts, got {size}")
+        self.tokenizer, train, held_out = _tokens(preset.vocabulary, preset.words, root)
+        self._filler = {False: train, True: held_out}
         self._fact, self._question = (torch.tensor(self.tokenizer.template(parts)) for parts in (FACT, QUESTION))
         # Mixed once, so that the shares of :meth:`_distinct` are random ones.
         pairs = torch.cartesian_prod(torch.arange(preset.words), torch.arange(preset.words))
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
         kept = pairs.sum(1) % HELD_OUT_ENTITIES == 0
         self.entities = {False: pairs[~kept], True: pairs[kept]}
-        least = self.items * (len(FACT) + len(QUESTION))
-        for size in (*preset.train_sizes, *preset.eval_sizes):
-            if size <= least:
-                raise ValueError(f"expected texts of more than {least} tokens for {self.items} facts, got {size}")
         for held, sizes in ((False, preset.train_sizes), (True, preset.eval_sizes)):
             if self._filler[held].numel() <= max(sizes):
                 raise ValueError(
