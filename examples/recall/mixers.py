@@ -28,8 +28,8 @@ MEMORY = (8192.0, 64.0)
 """Tokens after which heads have forgotten to 1/e at first, log-uniform. The layer's own initial decays, Mamba-2's,
 leave a few heads with a memory of some ten tokens, and what stood before has no gradient to be learnt from."""
 
-CHUNK = 64
-"""Tokens whose H_t conjugate gradients solve for at once."""
+CHUNK = {"cpu": 64, "cuda": 512}
+"""Tokens whose H_t conjugate gradients solve for at once, by device type: every iteration waits for the device once."""
 
 Core = Callable[[LayerOperands, DecayGate, int], Tensor]
 """(operands, gate, iterations) to [B, T, H, V]."""
@@ -115,8 +115,9 @@ def naive_cg(operands: LayerOperands, gate: DecayGate, num_iter: int) -> Tensor:
         B, T, H, D = q.shape
         kk = q.new_zeros(B, H, D, D)
         solved = []
-        for start in range(0, T, CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = CHUNK[q.device.type]
+        for start in range(0, T, chunk):
+            part = slice(start, start + chunk)
             weighted = (k[:, part] * beta[:, part, :, None]).transpose(1, 2)  # [B, H, C, D]
             c = g[:, part].transpose(1, 2).cumsum(-1)  # [B, H, C]
             pair = (c[..., :, None] - c[..., None, :]).tril().exp().tril()

@@ -96,7 +96,7 @@ def train(
     losses: list[float] = []
     seconds, tokens = 0.0, 0
     if checkpoint.exists():
-        stored = torch.load(checkpoint, map_location=device, weights_only=True)
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)  # loading moves what belongs elsewhere
         model.load_state_dict(stored["model"])
         optimiser.load_state_dict(stored["optimiser"])
         scheduler.load_state_dict(stored["scheduler"])
