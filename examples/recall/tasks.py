@@ -149,7 +149,7 @@ class Tokenizer:
         return [0 if part in "ABCD" else self._known.get(part, ord(part[0])) for part in parts]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)
 def _tokens(vocabulary: int, words: int, root: Path | None) -> tuple[Tokenizer, Tensor, Tensor]:
     """The tokenizer, and the tokens of the training and of the held-out files."""
     corpus = data.load_corpus(root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from examples.recall import __main__ as command
 from examples.recall import evaluate, mixers, report, study, tasks
 from examples.recall import train as training
 from examples.recall.model import RecallModel, build
-from examples.recall.presets import PRESETS, Preset, TaskPreset
+from examples.recall.presets import PRESETS, Preset
 from examples.stdlib_lm.model import parameter_count
 from gka_ops import DecayGate, GatedKalmaNet
 from gka_ops.nn import LayerOperands
@@ -530,11 +529,10 @@ def test_what_only_and_seeds_choose() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
-def test_presets_are_possible(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_are_possible(preset: Preset) -> None:
     """Texts of every size of every preset can be made, and a model of its width reads them."""
-    make: dict[str, Callable[[TaskPreset], tasks.Task]] = tasks.TASKS
     for sizes in preset.tasks:
-        task = make[sizes.name](sizes)
+        task = tasks.TASKS[sizes.name](sizes)
         for size in (*sizes.train_sizes, *sizes.eval_sizes):
             batch = task.batch(size, 1, size in sizes.eval_sizes, generator())
             assert batch.tokens.shape == (1, task.length(size)) and batch.tokens.max() < sizes.vocabulary
