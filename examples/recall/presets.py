@@ -91,7 +91,7 @@ PRESETS: dict[str, Preset] = {
                 TaskPreset("facts", (128,), (128, 256), 3, 64, 1024, 256, 4, 3e-3, 2, 4),
             ),
         ),
-        # Sized for two cores and ten minutes with one seed.
+        # Meant for two cores and some ten minutes with one seed; beside other work it took longer.
         Preset(
             name="cpu",
             hidden_size=64,
