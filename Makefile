@@ -25,13 +25,16 @@ PIP_INSTALL := $(RUN) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(
 STAMP := $(VENV)/.gka-ops-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format perf bars sanitize
+.PHONY: help demo recall test lint format perf bars sanitize
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train a small language model with and without the solve, and report what was measured
 	$(RUN) -m examples.stdlib_lm
+
+recall: $(STAMP) ## train and evaluate the CPU preset of the recall study (docs/recall.md)
+	OMP_NUM_THREADS=2 $(RUN) -m examples.recall --preset cpu --device cpu
 
 test: $(STAMP) ## run the tests (those for a GPU are skipped, with a reason, where there is none)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from gka_ops_perf.bars import AUTHORS_TIMES
 from gka_ops_perf.records import RESULTS, Record
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", "docs/recall.md")
 
 _BLOCK = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[^>]*?) -->\n)(?P<text>.*?)(?P<end><!-- end of figures -->)", re.S

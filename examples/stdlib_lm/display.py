@@ -15,16 +15,21 @@ LINES = 10
 
 
 class Display:
-    """Shows stages and steps on ``console``. A context manager, in which the bars live."""
+    """Shows stages and steps on ``console``. A context manager, in which the bars live.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        unit: of the losses that are shown.
+    """
+
+    def __init__(self, console: Console, unit: str = "bits/byte") -> None:
         self._console = console
+        self._unit = unit
         self._start = time.perf_counter()
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]} bits/byte"),
+            TextColumn(f"{{task.fields[loss]}} {unit}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -50,13 +55,13 @@ class Display:
 
     def training(self, label: str, steps: int) -> Callable[[int, float], None]:
         """Begins a training of so many steps; returns what to call after each with its number, from 1, and its loss
-        in nats a byte."""
+        in nats."""
         task = self._bars.add_task(label, total=steps, loss="-.---")
 
         def done(step: int, loss: float) -> None:
             bits = f"{loss / math.log(2):.3f}"
             self._bars.update(task, completed=step, loss=bits)
             if self._bars.disable and (step == 1 or step * LINES // steps > (step - 1) * LINES // steps):
-                self.stage(f"{label}: step {step} of {steps}, {bits} bits/byte")
+                self.stage(f"{label}: step {step} of {steps}, {bits} {self._unit}")
 
         return done

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from examples.stdlib_lm.data import Batches, Corpus
@@ -64,23 +64,23 @@ def autocast(preset: Preset, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, preset.autocast)
 
 
-def _optimiser(model: ByteLM, preset: Preset) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW that decays matrices only: not the gates' parameters, norms and biases."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
 
-def _schedule(preset: Preset) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine down to a tenth."""
+def schedule(steps: int, warmup: int) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
 
     def factor(step: int) -> float:
-        if step < preset.warmup:
-            return (step + 1) / preset.warmup
-        progress = (step - preset.warmup) / max(1, preset.steps - preset.warmup)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
     return factor
@@ -132,8 +132,8 @@ def train(
         DemoError: a loss or a gradient is not finite.
     """
     batches = Batches(corpus.train, preset.sequence_length, preset.batch_size, seed, device)
-    optimiser = _optimiser(model, preset)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _schedule(preset))
+    optimiser = make_optimiser(model, preset.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule(preset.steps, preset.warmup))
 
     example = Batches(corpus.train, preset.sequence_length, preset.batch_size, seed, device).next()
     with autocast(preset, device):
@@ -152,7 +152,7 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        schedule.step()
+        scheduler.step()
         losses.append(value.item())
         if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
             raise DemoError(

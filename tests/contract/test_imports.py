@@ -118,7 +118,7 @@ RULES = (
     Rule(
         "examples*",
         ours=(*PUBLIC, "gka_ops.reference*", "examples.*"),
-        third_party=("torch", "matplotlib", "rich", "tabulate"),
+        third_party=("torch", "filelock", "fla", "matplotlib", "rich", "tabulate"),
     ),
     Rule(
         "gka_ops_perf.offline",

@@ -116,6 +116,7 @@ def test_the_command(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(docs.files, "__defaults__", (root,))
     (root / "docs").mkdir()
     (root / "README.md").write_text("nothing\n")
+    (root / "docs" / "recall.md").write_text("nothing\n")
     page = root / "docs" / "performance.md"
     page.write_text(block("bars h100"))
     assert cli.main(["docs", "--check"]) == 1 and "12.35" not in page.read_text()
