@@ -228,12 +228,17 @@ def _runs_triton(q: Tensor, impl: str) -> bool:
     return impl == "triton"
 
 
+def _backend(op: str, q: Tensor, impl: str) -> Any:
+    """The module that runs this call; both have one function per operator with the operator's own signature."""
+    validation.check_backend(op, impl, q)
+    return _module(impl, q.is_cuda, q.dtype, q.size(-1))
+
+
 def _run(op: str, q: Tensor, args: tuple[Any, ...]) -> Any:
-    """The operator of the module that runs this call; both have one function per operator with its own signature."""
+    """Calls the implementation, with the kernel options behind its name if there are any."""
     *inputs, impl = args
     name = kernel_options.bare(impl)
-    validation.check_backend(op, name, q)
-    implementation = getattr(_module(name, q.is_cuda, q.dtype, q.size(-1)), op)
+    implementation = getattr(_backend(op, q, name), op)
     if name == impl:
         return implementation(*inputs)
     with kernel_options.forcing(op, impl):

@@ -36,6 +36,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import AsyncCompileMode, FutureKernel, knobs
 from triton.runtime import JITFunction, driver
@@ -73,6 +74,7 @@ class _Launch(NamedTuple):
     start: Callable[..., Any]
     given: Callable[[list[Any]], tuple[Any, ...]]
     first_argument: int
+    name: str
 
 
 def _starter(kernel: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -126,10 +128,15 @@ class _Plan:
             values.append(0)
         values += [values[place] + offset for place, offset in self.parts]
         if _hooked():
-            for kernel, grid, _, given, first in self.launches:
-                kernel[grid](*given(values)[first:], stream=stream)
+            for kernel, grid, _, given, first, name in self.launches:
+                with _range(name):
+                    kernel[grid](*given(values)[first:], stream=stream)
+        elif profiler._is_profiler_enabled:
+            for _, _, start, given, _, name in self.launches:
+                with _range(name):
+                    start(*given(values))
         else:
-            for _, _, start, given, _ in self.launches:
+            for _, _, start, given, _, _ in self.launches:
                 start(*given(values))
         return outputs
 
@@ -149,6 +156,20 @@ def _hooked() -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _range(name: str) -> contextlib.AbstractContextManager[object]:
+    """Says on the timeline of a profiler, or of NVTX, which stage of a call launches; nothing where nobody listens."""
+    return _RecordFunctionFast(name) if profiler._is_profiler_enabled else _NO_RANGE
+
+
+_NO_RANGE = contextlib.nullcontext()
+_RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast  # no operator, which a recorder would see
+
+
+def _stage(kernel: Any) -> str:
+    """The kernel's name as a range: ``gka::chunk_state``."""
+    return f"gka::{kernel.fn.__name__.removesuffix('_kernel')}"
 
 
 # ------------------------------------------------------------------------------------------------------------ record
@@ -217,7 +238,8 @@ class _Recorder(TorchDispatchMode):
     def launch(self, function: Any, grid: Grid, arguments: dict[str, Any]) -> None:
         if not isinstance(function, JITFunction):  # interpreted
             self.give_up()
-            function[grid](**arguments)
+            with _range(_stage(function)):
+                function[grid](**arguments)
             return
         kernel = function.warmup(grid=grid, **arguments)
         values = tuple(arguments.get(parameter.name, parameter.default) for parameter in function.params)
@@ -232,7 +254,8 @@ class _Recorder(TorchDispatchMode):
             self.steps[i] = step._replace(kernel=kernel)
             self.launched = i + 1
             if kernel is not None:  # a compilation hook may have refused it
-                kernel[step.grid](*step.arguments)
+                with _range(_stage(step.function)):
+                    kernel[step.grid](*step.arguments)
         if not self.replayable:
             self.give_up()
 
@@ -290,7 +313,8 @@ class _Recorder(TorchDispatchMode):
             places = [place_of(value) for value in step.arguments]
             if None in places:
                 return None
-            launches.append(_Launch(step.kernel, step.grid, start, itemgetter(*leading, *places), len(leading)))
+            given = itemgetter(*leading, *places)
+            launches.append(_Launch(step.kernel, step.grid, start, given, len(leading), _stage(step.function)))
         order = {id(output): i for i, output in enumerate((*outputs.values(), *empty))}
         with torch.inference_mode(False):  # as autograd may want to save them
             copied = [output.new_empty(output.shape) for output in empty]
@@ -353,7 +377,8 @@ def launch(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
     """``kernel[grid](**arguments)``, recorded where a call is being recorded."""
     recorder = _recorder.get()
     if recorder is None:
-        kernel[grid](**arguments)
+        with _range(_stage(kernel)):
+            kernel[grid](**arguments)
     else:
         recorder.launch(kernel, grid, arguments)
 

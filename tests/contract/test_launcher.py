@@ -74,6 +74,19 @@ def test_a_call_is_repeated_with_new_addresses() -> None:
     assert first[1] is not second[1]
 
 
+@pytest.mark.supports("profiler and NVTX ranges")
+def test_a_profiler_sees_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range for every launch, of a first call as of a replay; and none is made where no profiler runs."""
+    operator = Operator()
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            operator.check(numbers(4, 2, 8))
+        assert [event.name for event in profile.events()].count("gka::scale") == 2
+    made: list[str] = []
+    monkeypatch.setattr(launcher, "_RecordFunctionFast", made.append)
+    assert operator.check(numbers(4, 2, 8)) and not operator.check(numbers(4, 2, 16)) and made == []
+
+
 @pytest.mark.parametrize("other", [{"factor": 7.0}, {"count": 6}, {"count": 1}, {"count": 2**40}], ids=str)
 def test_another_scalar_is_another_call(other: dict[str, Any]) -> None:
     operator, x = Operator(), numbers(4, 2, 8)

@@ -298,3 +298,16 @@ def test_profilers_see_operators_that_are_known(dispatched: list[str]) -> None:
     assert dispatched == ["chunk_gka"] * 2
     run()
     assert len(dispatched) == 2
+
+
+@pytest.mark.supports("profiler and NVTX ranges")
+def test_a_profiler_sees_the_stages() -> None:
+    """Of a first call, of a recorded and of a replayed one: the operator, and a range for each of its launches."""
+    problem = make_problem(**SIZES, T=200).requiring_grad()
+    for _ in range(4):
+        with torch.profiler.profile() as profile:
+            run_gka(problem, num_iter=20)["output"].float().sum().backward()
+        names = {event.name for event in profile.events()}
+        assert {"gka::chunk_gka", "gka::chunk_gka_backward", "gka::chunk_state", "gka::chunk_readout"} <= names
+        assert any(name.startswith("gka::chunk_solve") for name in names)
+        assert any(name.startswith("gka::chunk_backward_key") for name in names)
