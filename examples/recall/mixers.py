@@ -25,8 +25,8 @@ FIXED_RIDGE = 0.25
 """λ where it does not follow ‖H_t‖: what MesaNet (arXiv 2506.05233) bounds its own from below with."""
 
 MEMORY = (8192.0, 64.0)
-"""Tokens after which heads have forgotten to 1/e at first, log-uniform. The layer's own initial decays, Mamba-2's,
-leave a few heads with a memory of some ten tokens, and what stood before has no gradient to be learnt from."""
+"""Tokens after which heads have forgotten to 1/e at first, log-uniform; with the layer's own initial decays, Mamba-2's,
+some tens for a few heads."""
 
 CHUNK = {"cpu": 64, "cuda": 512}
 """Tokens whose H_t conjugate gradients solve for at once, by device type: every iteration waits for the device once."""
