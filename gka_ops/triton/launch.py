@@ -23,6 +23,7 @@ from gka_ops.autotune.config import chunk_config, recurrent_config
 from gka_ops.autotune.key import Problem, bucket
 from gka_ops.autotune.space import padded
 from gka_ops.numerics import FRO_MIN, MIN_LOG_DECAY, NORM_EPS, forward_iterations
+from gka_ops.triton.checks import require_states
 from gka_ops.triton.kernels.chunk_backward_key import chunk_backward_key_kernel
 from gka_ops.triton.kernels.chunk_backward_key_hopper import chunk_backward_key_hopper_kernel
 from gka_ops.triton.kernels.chunk_backward_readout import chunk_backward_readout_kernel
@@ -179,6 +180,7 @@ class _Problem:
             slabs = slab_count(1, self.tokens, self.H, self.N, solve=self.solve)
         self.whole = _Slab(0, max(1, self.length))
         self.slab_count = int(slabs)
+        require_states(self.N, self.H, self.D * max(self.D, self.V), self.slab_count)
         self.slab_chunks = triton.cdiv(self.whole.chunks, self.slab_count)
 
         self.geometry = {
@@ -880,6 +882,7 @@ def recurrent_gka(
         log_decay, alpha, beta, A_log, ridge_scale_tensor, ridge_offset_tensor, None, ridge_offset, num_iter, qk_l2norm,
         H // k.shape[2], ridge_mod,
     )  # fmt: skip
+    require_states(B, 1, D * max(D, V), 1)
     problem = Problem("decode", _DTYPE_NAMES[q.dtype], D, V, 1, bucket(T), bucket(B * H), options)
     config = choice.chosen(recurrent_config(block_d, padded(V), T == 1), problem, _autotune_device(q))
     with _on_device(q):
