@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gka_ops
 from gka_ops import GKAState
 from gka_ops.activation_checkpoint import save_solve
+from gka_ops.autotune.choice import UntunedWarning
 from gka_ops.flops import backward_flops, forward_flops
 from gka_ops.numerics import backward_iterations
 from tests.helpers.problems import Problem, cotangents, evaluate, make_problem, norm_error, run_gka, run_solve
@@ -154,6 +155,7 @@ def test_deterministic_algorithms(op: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", UntunedWarning)
             runs = [evaluate(run, p, upstream) for _ in range(4)]
     finally:
         torch.use_deterministic_algorithms(False)
