@@ -103,6 +103,8 @@ def run_all_sizes(
 
 
 # ------------------------------------------------------------------------------------------- one graph, every length
+@pytest.mark.supports("one graph for every T and B")
+@pytest.mark.supports("torch.compile(fullgraph=True)")
 @pytest.mark.parametrize(
     ("op", "options"),
     [
@@ -115,12 +117,14 @@ def test_one_graph_serves_every_length(op: str, options: str) -> None:
     run_all_sizes(RUNS[op], problems(options))
 
 
+@pytest.mark.supports("one graph for every T and B")
 @pytest.mark.parametrize("num_iter", [0, 5])
 @pytest.mark.parametrize("op", RUNS)
 def test_one_graph_with_a_given_count(op: str, num_iter: int) -> None:
     run_all_sizes(lambda p: RUNS[op](p, num_iter), problems("gates"))
 
 
+@pytest.mark.supports("one recompile for each option")
 def test_another_count_or_ridge_is_another_graph() -> None:
     """Both are constants of a graph, which guards on them."""
 
@@ -143,6 +147,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     run_all_sizes(gka, problems("gates", dtype))
 
 
+@pytest.mark.supports("torch.compile(fullgraph=True)")
 def test_inductor() -> None:
     """Around the operator Inductor fuses pointwise code, which may round otherwise than eager code does.
 
@@ -185,6 +190,7 @@ def operators_of(graph: GraphModule) -> list[str]:
     ]
 
 
+@pytest.mark.supports("torch.compile(fullgraph=True)")
 @pytest.mark.parametrize("op", RUNS)
 def test_the_graph_holds_the_operators_alone(op: str) -> None:
     """The checks leave nothing behind, and what the forward saved is not computed again."""
@@ -219,6 +225,8 @@ def test_the_graph_holds_the_operators_alone(op: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
+@pytest.mark.supports("torch.compile(fullgraph=True)")
+@pytest.mark.supports("one graph for every T and B")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("pool", [False, True], ids=["state of the batch", "pool"])
 def test_decode_advances_the_state_in_place(pool: bool, backend: str) -> None:
@@ -266,6 +274,7 @@ class Mixer(torch.nn.Module):
         return result.output, result.final_state.kv
 
 
+@pytest.mark.supports("torch.export")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_export_round_trip(strict: bool) -> None:
     """An exported program keeps the operator by name, serves every length, and survives saving."""

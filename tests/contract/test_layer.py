@@ -197,6 +197,7 @@ def test_whole_model_trains_compiled() -> None:
         assert norm_error(parameter.detach(), expected.detach()) < 1e-4, name
 
 
+@pytest.mark.supports("one graph for every T and B")
 @pytest.mark.slow
 def test_compiles_once_for_all_sequence_lengths() -> None:
     layer = make_layer(torch.float32, **KINDS["grouped"], tol=DEFAULT_TOL)

@@ -97,6 +97,7 @@ def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], most: float
     assert max(errors.values()) < most, errors
 
 
+@pytest.mark.supports("modifiers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_definition(kind: str) -> None:
     t = make_tensors()
@@ -104,6 +105,7 @@ def test_equals_the_definition(kind: str) -> None:
     assert_close(with_gradients(calls, t, mod), with_gradients(exactly, t, mod), 1e-11)
 
 
+@pytest.mark.supports("modifiers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_to_the_same(kind: str) -> None:
     t = make_tensors()
@@ -196,6 +198,7 @@ def test_without_a_solve_there_is_no_ridge() -> None:
 
 
 # ------------------------------------------------------------------------------------------- decays, queries and keys
+@pytest.mark.supports("modifiers")
 def test_decay_query_and_key() -> None:
     """They say what the operator sees, with the gate's decay as the decay."""
     t = make_tensors()
@@ -248,6 +251,7 @@ def test_the_shipped_examples(capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.supports("modifiers")
 def test_the_documentation() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "modifiers.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
@@ -278,6 +282,7 @@ class Layer(torch.nn.Module):
         return gka_ops.chunk_gka(q, k, v, ridge_mod=ridge_mod).output
 
 
+@pytest.mark.supports("modifiers")
 def test_one_graph_for_other_values_and_lengths() -> None:
     """A captured tensor with other values needs no other graph, nor do other lengths after the first two."""
     layer = Layer()
@@ -293,6 +298,7 @@ def test_one_graph_for_other_values_and_lengths() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.supports("modifiers")
 def test_opcheck() -> None:
     t = make_tensors(torch.float32)
     program, leaves = modifiers.ridge_program("chunk_gka", RIDGE_MODS["captures"](t), t["q"])
@@ -319,6 +325,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.gka.chunk_solve.default, solve)
 
 
+@pytest.mark.supports("modifiers")
+@pytest.mark.supports("torch.export")
 def test_export_needs_no_callable() -> None:
     """The program is in the graph."""
     t = {name: tensor.detach() for name, tensor in make_tensors(torch.float32).items()}
@@ -330,6 +338,7 @@ def test_export_needs_no_callable() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
+@pytest.mark.supports("modifiers")
 @pytest.mark.parametrize(
     ("mod", "error", "message"),
     [

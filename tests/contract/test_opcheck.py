@@ -159,6 +159,9 @@ def opcheck_cases() -> Iterator[Any]:
                 yield pytest.param(op, "everything", torch.float32, 3, layout, id=f"{op}: {layout}")
 
 
+@pytest.mark.supports("opcheck")
+@pytest.mark.supports("opcheck of permuted, sliced and expanded inputs")
+@pytest.mark.supports("opcheck with optional arguments present and absent")
 @pytest.mark.parametrize(("op", "options", "dtype", "num_iter", "layout"), list(opcheck_cases()))
 def test_opcheck(op: str, options: str, dtype: torch.dtype, num_iter: int, layout: str | None) -> None:
     """Schema, fake, registration and AOT dispatch; the differentiable forwards with gradients, and also without."""
@@ -175,6 +178,7 @@ def test_opcheck(op: str, options: str, dtype: torch.dtype, num_iter: int, layou
         opcheck(getattr(ops, op).default, args)
 
 
+@pytest.mark.supports("opcheck")
 @pytest.mark.parametrize("op", ["chunk_gka", "chunk_solve"])
 def test_opcheck_with_one_gradient_and_no_residuals(op: str) -> None:
     args = list(forward_args(op, problem("gates"), final=False, save_x=False))
@@ -182,11 +186,13 @@ def test_opcheck_with_one_gradient_and_no_residuals(op: str) -> None:
     opcheck(getattr(ops, op).default, tuple(args))
 
 
+@pytest.mark.supports("opcheck")
 @pytest.mark.parametrize("indices", [[3, 0], [-1, 2]], ids=["slots", "padding"])
 def test_opcheck_of_decode_in_a_pool(indices: list[int]) -> None:
     opcheck(ops.recurrent_gka.default, recurrent_args(problem(), indices=indices))
 
 
+@pytest.mark.supports("opcheck")
 @pytest.mark.filterwarnings("ignore:Error detected in")
 @pytest.mark.parametrize("options", ["plain", "everything", "packed"])
 @pytest.mark.parametrize("op", ["chunk_gka_backward", "chunk_solve_backward"])
@@ -199,6 +205,7 @@ def test_opcheck_of_a_backward_with_gradients(op: str, options: str) -> None:
         opcheck(overload, args, test_utils="test_aot_dispatch_dynamic")
 
 
+@pytest.mark.supports("opcheck")
 def test_opcheck_of_decode_with_gradients() -> None:
     """Refused before anything runs, so all that opcheck can confirm is the registration."""
     args = requiring_grad(args_of("recurrent_gka", problem()))
@@ -329,6 +336,7 @@ def with_symmetric_state(run: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return function
 
 
+@pytest.mark.supports("second derivatives")
 @pytest.mark.parametrize("num_iter", [0, CONVERGED], ids=["no solve", "solve"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("op", ["chunk_gka", "chunk_solve"])
@@ -342,6 +350,7 @@ def test_second_derivatives_are_those_of_the_specification(op: str, options: str
         assert norm_error(actual[name], gradient) <= FP64, name
 
 
+@pytest.mark.supports("second derivatives")
 @pytest.mark.parametrize("op", ["chunk_gka", "chunk_solve"])
 def test_gradgradcheck(op: str) -> None:
     """Second derivatives against differences of the first, which are another code."""
@@ -383,6 +392,7 @@ def test_third_derivatives() -> None:
     assert norm_error(third(lambda p: run_gka(p, num_iter=CONVERGED)), third(exact_gka)) <= FP64
 
 
+@pytest.mark.supports("second derivatives")
 def test_a_compiled_graph_refuses_second_derivatives() -> None:
     p = problem("gates", torch.float64)
 
@@ -400,6 +410,7 @@ def every_operator() -> Iterator[Any]:
         yield pytest.param(op, args_of(op, problem("gates", torch.float64)), id=op)
 
 
+@pytest.mark.supports("forward mode raises")
 @pytest.mark.parametrize(("op", "args"), list(every_operator()))
 def test_forward_mode_raises(op: str, args: Args) -> None:
     overload = getattr(ops, op)
@@ -420,6 +431,7 @@ def test_forward_mode_raises(op: str, args: Args) -> None:
             function(forward_ad.make_dual(args[0].clone().requires_grad_(), torch.ones_like(args[0])))
 
 
+@pytest.mark.supports("forward mode raises")
 @pytest.mark.parametrize(("op", "args"), list(every_operator()))
 def test_compiled_forward_mode_raises(op: str, args: Args) -> None:
     overload = getattr(ops, op)
@@ -441,6 +453,7 @@ def test_compiled_forward_mode_raises(op: str, args: Args) -> None:
         torch.compile(jvp, backend="aot_eager", fullgraph=True)(args[0])
 
 
+@pytest.mark.supports("forward mode raises")
 def test_forward_over_reverse_raises() -> None:
     p = problem("gates", torch.float64)
     with pytest.raises(NotImplementedError, match="expected reverse-mode differentiation, got forward mode"):
@@ -465,6 +478,7 @@ def transformed(function: Callable[..., Any], how: str) -> Callable[..., Any]:
     return function if how == "eager" else torch.compile(function, backend=how, fullgraph=True)
 
 
+@pytest.mark.supports("torch.func.grad and vjp")
 @pytest.mark.parametrize(
     ("op", "how"),
     [
@@ -493,6 +507,7 @@ def test_functional_gradients(op: str, how: str) -> None:
     assert all(map(torch.equal, transformed(through_vjp, how)(p.q, p.k), expected))
 
 
+@pytest.mark.supports("torch.func.grad and vjp")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functional_gradients_nest() -> None:
     """Reverse over reverse, in every mixture of ``torch.func`` and autograd; and no graph where none is wanted."""
@@ -518,6 +533,7 @@ def test_functional_gradients_nest() -> None:
     assert torch.func.grad(loss)(q, p.k).requires_grad
 
 
+@pytest.mark.supports("torch.func.vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(("op", "how"), [("chunk_gka", "eager"), ("chunk_gka", "aot_eager"), ("chunk_solve", "eager")])
 def test_vmap(op: str, how: str) -> None:
@@ -544,6 +560,7 @@ def test_vmap(op: str, how: str) -> None:
     assert norm_error(dk, actual[1].sum(0)) <= 3 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.supports("torch.func.vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_options() -> None:
     """Also over tensors that only some elements of the batch share, and over boundaries of packed sequences."""

@@ -43,6 +43,8 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     launcher.forget()
 
 
+@pytest.mark.supports("torch.compile(fullgraph=True)")
+@pytest.mark.supports("one graph for every T and B")
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("which", ["gka", "solve"])
 def test_compiled_equals_eager_for_every_length(which: str) -> None:

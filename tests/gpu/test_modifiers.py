@@ -44,6 +44,7 @@ class Layer(torch.nn.Module):
         return gka_ops.chunk_gka(*inputs, ridge_mod=self.ridge_mod, **options).output
 
 
+@pytest.mark.supports("modifiers")
 @pytest.mark.parametrize(
     ("dtype", "D"), [(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 128), (torch.bfloat16, 96)]
 )

@@ -38,6 +38,7 @@ def loss_of(run: Callable[..., Outputs], name: str, p: Problem, **options: Any) 
     return loss
 
 
+@pytest.mark.supports("second derivatives")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("which", RUNS)
 def test_gradient_penalty(which: str, dtype: torch.dtype) -> None:
@@ -62,6 +63,7 @@ def test_gradient_penalty(which: str, dtype: torch.dtype) -> None:
         assert norm_error(gradient, reference) <= 2 * contract.bars_for(dtype).gradient
 
 
+@pytest.mark.supports("torch.func.grad and vjp")
 @pytest.mark.parametrize("which", RUNS)
 def test_functional_gradients_equal_autograd(which: str) -> None:
     """Bit for bit: the same kernels run."""
@@ -75,6 +77,7 @@ def test_functional_gradients_equal_autograd(which: str) -> None:
     assert all(map(torch.equal, vjp(torch.ones_like(value)), expected))
 
 
+@pytest.mark.supports("torch.func.vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("which", RUNS)
 def test_vmap(which: str) -> None:
@@ -90,6 +93,7 @@ def test_vmap(which: str) -> None:
     assert torch.equal(actual, torch.stack([gradient(each, p.k) for each in q]))
 
 
+@pytest.mark.supports("forward mode raises")
 @pytest.mark.parametrize("which", RUNS)
 def test_forward_mode_raises(which: str) -> None:
     """An error, never a silent zero tangent."""
