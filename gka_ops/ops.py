@@ -336,6 +336,12 @@ def _present(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -
     return [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
 
 
+def _of_a_state(gradient: Tensor | None) -> Tensor | None:
+    """``None`` for the gradient of a final state that was not asked for, which has one dimension: whether a size is 0
+    cannot be asked where it is unbacked."""
+    return None if gradient is None or gradient.ndim == 1 else gradient
+
+
 def _chunk_solve_setup(ctx, inputs, output):
     *tensors, ridge_scale, ridge_offset, num_iter, qk_l2norm, _, ridge_mod, impl = inputs
     x, _, fro = output
@@ -349,8 +355,7 @@ def _chunk_solve_vjp(ctx, dx, d_final_kk, _):
     *inputs, x, fro = ctx.saved_tensors
     if dx is None:
         dx = torch.zeros_like(x)
-    if d_final_kk is not None and d_final_kk.numel() == 0:
-        d_final_kk = None
+    d_final_kk = _of_a_state(d_final_kk)
     gradients = torch.ops.gka.chunk_solve_backward(dx, d_final_kk, *inputs, x, fro, *ctx.scalars)
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 8
@@ -371,8 +376,7 @@ def _chunk_gka_vjp(ctx, d_output, d_final_kk, d_final_kv, *_):
     if d_output is None:
         q, _, v = inputs[:3]
         d_output = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    d_final_kk = None if d_final_kk is None or d_final_kk.numel() == 0 else d_final_kk
-    d_final_kv = None if d_final_kv is None or d_final_kv.numel() == 0 else d_final_kv
+    d_final_kk, d_final_kv = _of_a_state(d_final_kk), _of_a_state(d_final_kv)
     gradients = torch.ops.gka.chunk_gka_backward(d_output, d_final_kk, d_final_kv, *inputs, *residuals, *ctx.scalars)
     *differentiable, _cu_seqlens = inputs
     return *_present(gradients, tuple(differentiable)), *[None] * 10

@@ -63,6 +63,24 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if tensor.dtype in INPUT_DTYPES[:3] else tensor.dtype
 
 
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes, that of an error, holds. Where only the run will know (sizes that depend on data,
+    ``mark_unbacked``), the answer is no, and the graph that is being traced will check it."""
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # imports SymPy
+
+    if guard_or_false(condition):
+        return True
+    if guard_or_true(condition):
+        torch._check(torch.sym_not(condition))
+    return False
+
+
+def _other_shape(tensor: Tensor, shape: tuple[Any, ...]) -> bool:
+    return tensor.ndim != len(shape) or any(surely(a != b) for a, b in zip(tensor.shape, shape, strict=True))
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
@@ -74,7 +92,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[Any, ...], meaning: str) -> None:
-    if tensor.shape != shape:
+    if _other_shape(tensor, shape):
         raise ValueError(f"{op}: expected {name} of shape {meaning} = {list(shape)}, got {_shape(tensor)}")
 
 
@@ -118,15 +136,15 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
         if tensor.dtype != q.dtype and autocast_dtype(tensor) != autocast_dtype(q):
             raise TypeError(f"{op}: expected {name} to have the dtype of q, {q.dtype}, got {tensor.dtype}")
         check_device(op, name, tensor, q.device)
-    if k.shape[0] != B or k.shape[1] != T or k.shape[3] != D:
+    if surely(k.shape[0] != B) or surely(k.shape[1] != T) or surely(k.shape[3] != D):
         raise ValueError(f"{op}: expected k of shape [B, T, Hkv, D] = [{B}, {T}, Hkv, {D}], got {_shape(k)}")
     Hkv = k.shape[2]
-    if v is not None and (v.shape[0] != B or v.shape[1] != T or v.shape[2] != Hkv):
+    if v is not None and (surely(v.shape[0] != B) or surely(v.shape[1] != T) or surely(v.shape[2] != Hkv)):
         raise ValueError(f"{op}: expected v of shape [B, T, Hkv, V] = [{B}, {T}, {Hkv}, V], got {_shape(v)}")
-    if H == 0 or D == 0 or Hkv == 0 or (v is not None and v.shape[3] == 0):
+    if surely(H == 0) or surely(D == 0) or surely(Hkv == 0) or (v is not None and surely(v.shape[3] == 0)):
         got = ", ".join(f"{name} {_shape(tensor)}" for name, tensor in named)
         raise ValueError(f"{op}: expected at least one head and non-empty head dimensions, got {got}")
-    if H % Hkv != 0:
+    if surely(H % Hkv != 0):
         raise ValueError(f"{op}: expected the number of key/value heads to divide the {H} query heads, got {Hkv}")
 
 
@@ -230,10 +248,10 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, q: Tensor) -> None:
     check_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: expected cu_seqlens to be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.ndim != 1 or surely(cu_seqlens.shape[0] < 2):
         raise ValueError(f"{op}: expected cu_seqlens of shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}")
     check_device(op, "cu_seqlens", cu_seqlens, q.device)
-    if q.shape[0] != 1:
+    if surely(q.shape[0] != 1):
         raise ValueError(f"{op}: expected a packed batch of size B = 1 with cu_seqlens, got B = {q.shape[0]}")
 
 

@@ -27,6 +27,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "opcheck": (CPU,),
     "opcheck of permuted, sliced and expanded inputs": (CPU,),
     "opcheck with optional arguments present and absent": (CPU,),
+    "fakes with symbolic and unbacked sizes": (CPU,),
     "torch.compile(fullgraph=True)": BOTH,
     "one graph for every T and B": BOTH,
     "one recompile for each option": (CPU,),
