@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from gka_ops_perf import cases, costs, cpu, measure, providers, timing
+from gka_ops_perf import cases, costs, cpu, measure, providers, records, timing
 from gka_ops_perf import suite as suites
 from gka_ops_perf.cases import GKA, VANILLA, Case
 from gka_ops_perf.costs import Cost, Shape
@@ -330,6 +331,16 @@ def test_ratios_over_attention() -> None:
     for grad in (False, True):
         (figures,) = cpu.over_dense_attention(grad).values()
         assert len(figures["ratio"]) == cpu.ROUNDS and min(figures["ratio"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.supports("compile time of 24 layers against SDPA")
+def test_a_model_compiles_in_the_time_of_one_with_sdpa() -> None:
+    """Here with fewer layers; the stored run has 24."""
+    found = cpu.compiling_a_model(layers=6)
+    assert statistics.median(found[""]["ratio"]) <= cpu.COMPILED_MODEL_BAR
+    stored = max((r for r in records.read_all() if r.run.suite == "cpu"), key=lambda r: r.run.machine.date)
+    assert stored.by_case()[cpu.COMPILED_MODEL].figures["ratio"].median <= cpu.COMPILED_MODEL_BAR
 
 
 def test_machine_code_of_a_kernel() -> None:

@@ -31,6 +31,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "torch.compile(fullgraph=True)": BOTH,
     "one graph for every T and B": BOTH,
     "one recompile for each option": (CPU,),
+    "compile time of 24 layers against SDPA": (CPU,),
     "torch.export": BOTH,
     "AOTInductor": BOTH,
     "CUDA graphs": (CUDA,),
