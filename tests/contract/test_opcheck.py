@@ -410,7 +410,7 @@ def every_operator() -> Iterator[Any]:
         yield pytest.param(op, args_of(op, problem("gates", torch.float64)), id=op)
 
 
-@pytest.mark.supports("forward mode raises")
+@pytest.mark.supports("torch.func.jvp raises")
 @pytest.mark.parametrize(("op", "args"), list(every_operator()))
 def test_forward_mode_raises(op: str, args: Args) -> None:
     overload = getattr(ops, op)
@@ -431,7 +431,7 @@ def test_forward_mode_raises(op: str, args: Args) -> None:
             function(forward_ad.make_dual(args[0].clone().requires_grad_(), torch.ones_like(args[0])))
 
 
-@pytest.mark.supports("forward mode raises")
+@pytest.mark.supports("torch.func.jvp raises")
 @pytest.mark.parametrize(("op", "args"), list(every_operator()))
 def test_compiled_forward_mode_raises(op: str, args: Args) -> None:
     overload = getattr(ops, op)
@@ -453,7 +453,7 @@ def test_compiled_forward_mode_raises(op: str, args: Args) -> None:
         torch.compile(jvp, backend="aot_eager", fullgraph=True)(args[0])
 
 
-@pytest.mark.supports("forward mode raises")
+@pytest.mark.supports("torch.func.jvp raises")
 def test_forward_over_reverse_raises() -> None:
     p = problem("gates", torch.float64)
     with pytest.raises(NotImplementedError, match="expected reverse-mode differentiation, got forward mode"):
@@ -478,7 +478,7 @@ def transformed(function: Callable[..., Any], how: str) -> Callable[..., Any]:
     return function if how == "eager" else torch.compile(function, backend=how, fullgraph=True)
 
 
-@pytest.mark.supports("torch.func.grad and vjp")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.parametrize(
     ("op", "how"),
     [
@@ -507,7 +507,7 @@ def test_functional_gradients(op: str, how: str) -> None:
     assert all(map(torch.equal, transformed(through_vjp, how)(p.q, p.k), expected))
 
 
-@pytest.mark.supports("torch.func.grad and vjp")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functional_gradients_nest() -> None:
     """Reverse over reverse, in every mixture of ``torch.func`` and autograd; and no graph where none is wanted."""
@@ -533,7 +533,7 @@ def test_functional_gradients_nest() -> None:
     assert torch.func.grad(loss)(q, p.k).requires_grad
 
 
-@pytest.mark.supports("torch.func.vmap")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(("op", "how"), [("chunk_gka", "eager"), ("chunk_gka", "aot_eager"), ("chunk_solve", "eager")])
 def test_vmap(op: str, how: str) -> None:
@@ -560,7 +560,7 @@ def test_vmap(op: str, how: str) -> None:
     assert norm_error(dk, actual[1].sum(0)) <= 3 * torch.finfo(torch.float64).eps
 
 
-@pytest.mark.supports("torch.func.vmap")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_options() -> None:
     """Also over tensors that only some elements of the batch share, and over boundaries of packed sequences."""

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.supports("a")]
 @pytest.mark.parametrize("x", [1])
 def test_one(x): ...
 
-@pytest.mark.supports("c")
-def test_two(): ...
+@pytest.mark.parametrize("x", [pytest.param(x, marks=pytest.mark.supports("c" if x else "d")) for x in (0, 1)])
+def test_two(x): ...
 """
 
 
@@ -33,7 +33,7 @@ def test_every_feature_has_a_test_on_each_device_that_it_needs() -> None:
 def test_markers_are_read_from_the_source() -> None:
     assert support.proofs_in(MODULE, "tests/gpu/test_x.py") == [
         Proof("tests/gpu/test_x.py", "test_one", ("a", "b")),
-        Proof("tests/gpu/test_x.py", "test_two", ("a", "c")),
+        Proof("tests/gpu/test_x.py", "test_two", ("a", "c", "d")),
     ]
 
 
@@ -53,9 +53,9 @@ def test_no_marker_is_overlooked(source: str, message: str) -> None:
 
 def test_what_is_missing_or_unknown_is_said() -> None:
     found = support.proofs_in(MODULE, "tests/gpu/test_x.py")
-    assert support.complaints(found, {"a": (CPU, CUDA), "b": (CUDA,), "d": (CPU,)}) == [
+    assert support.complaints(found, {"a": (CPU, CUDA), "b": (CUDA,), "d": (CUDA,), "e": (CPU,)}) == [
         "no test on CPU proves 'a'",
-        "no test on CPU proves 'd'",
+        "no test on CPU proves 'e'",
         "tests/gpu/test_x.py: test_two proves 'c', which is not in FEATURES of tests/helpers/support.py",
     ]
 

@@ -122,7 +122,7 @@ def test_decode(Hkv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert replayed() == 1
 
 
-@pytest.mark.supports("CUDA graphs")
+@pytest.mark.supports("manual CUDA graph capture")
 def test_capture_of_a_replay() -> None:
     p = make_problem(**SIZES, T=100)
 
@@ -140,7 +140,7 @@ def test_capture_of_a_replay() -> None:
     assert torch.equal(captured, expected)
 
 
-@pytest.mark.supports("streams and threads")
+@pytest.mark.supports("multi-stream and multi-thread")
 def test_streams_and_threads() -> None:
     p = make_problem(**SIZES, T=100)
 
@@ -217,7 +217,7 @@ def test_decode_beside_the_dispatcher(pool: bool, dispatched: list[str], monkeyp
         assert torch.equal(value, wanted)
 
 
-@pytest.mark.supports("CUDA graphs")
+@pytest.mark.supports("manual CUDA graph capture")
 def test_capture_beside_the_dispatcher(dispatched: list[str]) -> None:
     p = make_problem(**{**SIZES, "T": 1})
     state = gka_ops.GKAState(*(torch.zeros(2, 4, 64, 64, device="cuda") for _ in range(2)))
@@ -243,7 +243,7 @@ def test_capture_beside_the_dispatcher(dispatched: list[str]) -> None:
         assert torch.equal(part, wanted)
 
 
-@pytest.mark.supports("streams and threads")
+@pytest.mark.supports("multi-stream and multi-thread")
 def test_side_streams_beside_the_dispatcher(dispatched: list[str]) -> None:
     """The launch waits for what its own stream does, and its output belongs to that stream."""
     p = make_problem(**SIZES, T=100)

@@ -56,7 +56,7 @@ def captured(run: Callable[[], Tensor], caches: list[GatedKalmaNetCache]) -> tup
     return graph, output
 
 
-@pytest.mark.supports("CUDA graphs")
+@pytest.mark.supports("manual CUDA graph capture")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_captured_decoding_of_a_pool(compiled: bool) -> None:
     """One graph serves every set of slots, with padding, and continues what eager calls began."""
@@ -87,7 +87,7 @@ def test_captured_decoding_of_a_pool(compiled: bool) -> None:
             assert not buffer[[1, 3, 4, 6]].any()
 
 
-@pytest.mark.supports("CUDA graphs")
+@pytest.mark.supports("manual CUDA graph capture")
 def test_captured_speculation() -> None:
     """Drafts are verified and accepted in one graph; the pool then holds what decoding one by one leaves."""
     layer = make_layers()[0]

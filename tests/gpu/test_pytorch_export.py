@@ -19,7 +19,6 @@ from tests.helpers.problems import Problem, make_problem, norm_error
 
 pytestmark = pytest.mark.gpu
 
-GRAPHS = pytest.mark.supports("CUDA graphs")
 SIZES: dict[str, Any] = {
     "H": 4,
     "Hkv": 2,
@@ -84,7 +83,7 @@ def step_of(p: Problem) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]
     return step, [t.clone().requires_grad_() for t in (p.q, p.k, p.v)]
 
 
-@GRAPHS
+@pytest.mark.supports("manual CUDA graph capture")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_captured_training_step(shape: str) -> None:
     """One graph of forward and backward, with other numbers in its inputs."""
@@ -99,7 +98,7 @@ def test_a_captured_training_step(shape: str) -> None:
         assert all(map(torch.equal, results, step(*leaves)))
 
 
-@GRAPHS
+@pytest.mark.supports("CUDA graphs of mode=reduce-overhead")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reduce_overhead(shape: str) -> None:
     p = make_problem(**SIZES, **SHAPES[shape])
@@ -133,7 +132,7 @@ def test_reduce_overhead(shape: str) -> None:
     assert manager is not None and manager.get_roots()
 
 
-@GRAPHS
+@pytest.mark.supports("no allocation or synchronisation in a call")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_waits_for_the_card_or_asks_it_for_memory(shape: str) -> None:
     step, leaves = step_of(make_problem(**SIZES, **SHAPES[shape]))

@@ -63,7 +63,7 @@ def test_gradient_penalty(which: str, dtype: torch.dtype) -> None:
         assert norm_error(gradient, reference) <= 2 * contract.bars_for(dtype).gradient
 
 
-@pytest.mark.supports("torch.func.grad and vjp")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.parametrize("which", RUNS)
 def test_functional_gradients_equal_autograd(which: str) -> None:
     """Bit for bit: the same kernels run."""
@@ -77,7 +77,7 @@ def test_functional_gradients_equal_autograd(which: str) -> None:
     assert all(map(torch.equal, vjp(torch.ones_like(value)), expected))
 
 
-@pytest.mark.supports("torch.func.vmap")
+@pytest.mark.supports("torch.func.grad, vjp, vmap")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("which", RUNS)
 def test_vmap(which: str) -> None:
@@ -93,7 +93,7 @@ def test_vmap(which: str) -> None:
     assert torch.equal(actual, torch.stack([gradient(each, p.k) for each in q]))
 
 
-@pytest.mark.supports("forward mode raises")
+@pytest.mark.supports("torch.func.jvp raises")
 @pytest.mark.parametrize("which", RUNS)
 def test_forward_mode_raises(which: str) -> None:
     """An error, never a silent zero tangent."""

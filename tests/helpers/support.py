@@ -34,12 +34,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "compile time of 24 layers against SDPA": (CPU,),
     "torch.export": BOTH,
     "AOTInductor": BOTH,
-    "CUDA graphs": (CUDA,),
-    "torch.func.grad and vjp": BOTH,
-    "torch.func.vmap": BOTH,
-    "forward mode raises": BOTH,
+    "manual CUDA graph capture": (CUDA,),
+    "CUDA graphs of mode=reduce-overhead": (CUDA,),
+    "no allocation or synchronisation in a call": (CUDA,),
+    "torch.func.grad, vjp, vmap": BOTH,
+    "torch.func.jvp raises": BOTH,
     "second derivatives": BOTH,
-    "streams and threads": (CUDA,),
+    "multi-stream and multi-thread": (CUDA,),
     "profilers": BOTH,
     "modifiers": BOTH,
 }
@@ -67,46 +68,47 @@ class Proof(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------------- markers
-def _feature(node: ast.expr, path: str) -> str | None:
-    """The feature of a ``pytest.mark.supports(...)``."""
+def _features(node: ast.AST, path: str) -> tuple[str, ...]:
+    """Those of a ``pytest.mark.supports(...)``: a text, or either of two where an expression chooses."""
     if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.supports"):
-        return None
-    if len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-        return node.args[0].value
-    raise SupportError(f"{path}:{node.lineno}: expected supports('a feature'), got {ast.unparse(node)}")
+        return ()
+    arguments: list[ast.expr] = node.args
+    if len(arguments) == 1 and isinstance(arguments[0], ast.IfExp):
+        arguments = [arguments[0].body, arguments[0].orelse]
+    texts = tuple(a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    if len(node.args) != 1 or len(texts) != len(arguments):
+        raise SupportError(f"{path}:{node.lineno}: expected supports('a feature'), got {ast.unparse(node)}")
+    return texts
 
 
-def _features(node: ast.expr, named: Mapping[str, str], path: str) -> Iterator[str]:
-    """Those of a decorator, of a name that stands for one, or of a list of them."""
-    if isinstance(node, (ast.List, ast.Tuple)):
-        for element in node.elts:
-            yield from _features(element, named, path)
-    elif isinstance(node, ast.Name) and node.id in named:
-        yield named[node.id]
-    elif (feature := _feature(node, path)) is not None:
-        yield feature
+def _features_in(node: ast.expr, named: Mapping[str, tuple[str, ...]], path: str) -> Iterator[str]:
+    """Those of a decorator, also where it gives markers to parameters, and of names that stand for markers."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            yield from named.get(inner.id, ())
+        yield from _features(inner, path)
 
 
 def proofs_in(source: str, path: str) -> list[Proof]:
     """The marked tests of a module. Raises ``SupportError`` where a marker stands where this does not look for it."""
     module = ast.parse(source)
-    named: dict[str, str] = {}
+    named: dict[str, tuple[str, ...]] = {}
     common: tuple[str, ...] = ()
     for statement in module.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name = statement.targets[0].id
             if name == "pytestmark":
-                common = tuple(_features(statement.value, named, path))
-            elif (feature := _feature(statement.value, path)) is not None:
-                named[name] = feature
+                common = tuple(_features_in(statement.value, named, path))
+            elif features := _features(statement.value, path):
+                named[name] = features
     proofs = []
     for statement in module.body:
         if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test_"):
-            own = (f for decorator in statement.decorator_list for f in _features(decorator, named, path))
+            own = (f for decorator in statement.decorator_list for f in _features_in(decorator, named, path))
             features = tuple(dict.fromkeys((*common, *own)))
             if features:
                 proofs.append(Proof(path, statement.name, features))
-    written = {f for node in ast.walk(module) if isinstance(node, ast.expr) and (f := _feature(node, path)) is not None}
+    written = {feature for node in ast.walk(module) for feature in _features(node, path)}
     if unread := written - {f for proof in proofs for f in proof.features}:
         raise SupportError(
             f"{path}: expected supports(...) as a decorator of a test function or in pytestmark, got {sorted(unread)} "
