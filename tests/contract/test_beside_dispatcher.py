@@ -225,7 +225,7 @@ def test_modes_see_operators(run: Callable[..., Any], calls: Calls, mode: Callab
         assert calls.beside(run)
 
 
-@pytest.mark.supports("profilers")
+@pytest.mark.supports("profiler and NVTX ranges")
 def test_profilers_see_operators(run: Callable[..., Any], calls: Calls) -> None:
     for profile in (torch.profiler.profile, torch.autograd.profiler.profile):
         with profile() as active:

@@ -284,7 +284,7 @@ def test_inference_mode_beside_the_dispatcher(dispatched: list[str]) -> None:
         assert torch.equal(output, expected)
 
 
-@pytest.mark.supports("profilers")
+@pytest.mark.supports("profiler and NVTX ranges")
 def test_profilers_see_operators_that_are_known(dispatched: list[str]) -> None:
     p = make_problem(**SIZES, T=100)
 

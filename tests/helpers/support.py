@@ -41,8 +41,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "torch.func.jvp raises": BOTH,
     "second derivatives": BOTH,
     "multi-stream and multi-thread": (CUDA,),
-    "profilers": BOTH,
+    "profiler and NVTX ranges": BOTH,
+    "autocast": BOTH,
+    "selective activation checkpointing": BOTH,
+    "save_x=False": BOTH,
+    "FLOP counter": BOTH,
+    "deterministic algorithms": BOTH,
     "modifiers": BOTH,
+    "kernel_options": BOTH,
 }
 """Every row of the table, in order, and where a test has to prove it. Features that a card alone has are of ``CUDA``;
 those of schemas, fakes and graphs, which are the same everywhere, of ``CPU``."""
