@@ -26,10 +26,25 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from gka_ops import ops
+from gka_ops.nn import GatedKalmaNet
+
+__all__ = ["tensor_parallel_plan"]
 
 Kind: TypeAlias = Literal["batch", "heads"]
 """What a mesh dimension divides; ``None`` stands for nothing."""
@@ -234,5 +249,115 @@ def _check_same_placements(call: _Call) -> None:
         )
 
 
+def _register(op: str) -> None:
+    """Registers :func:`_sharding`, and that the answer depends on which optional tensors are absent.
+
+    PyTorch keeps answers by an operator's tensors and by what follows its first integer. Without more, a call with α
+    alone and one with β alone would share one.
+    """
+    overload = getattr(torch.ops.gka, op).default
+    register_sharding(overload)(partial(_sharding, op))
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    strategy = propagator.op_strategy_funcs[overload]
+    propagator.register_op_strategy(overload, strategy, RuntimeSchemaInfo(static_argnum=0, needs_pytree=True))
+
+
 for _name in ops.SCHEMAS:
-    register_sharding(getattr(torch.ops.gka, _name).default)(partial(_sharding, _name))
+    _register(_name)
+
+
+# ---------------------------------------------------------------------------------------------------- tensor parallel
+class _Placed(ParallelStyle):
+    """The module's own parameters with one placement."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def place(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for key, parameter in part.named_parameters(recurse=False):
+                placed = distribute_tensor(parameter, mesh, [self.placement])
+                part.register_parameter(key, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+        return distribute_module(module, device_mesh, place)
+
+
+class _Layer(ParallelStyle):
+    """The layer itself: its decay gate over heads, and its input, the same on every rank, as a DTensor."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_layer(module, device_mesh)
+        for name in ("A_log", "dt_bias"):
+            parameter = getattr(module, name)
+            if parameter is not None:
+                placed = distribute_tensor(parameter, device_mesh, [Shard(0)])
+                module.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+        module.register_forward_pre_hook(partial(_replicated_input, device_mesh), with_kwargs=True)
+        return module
+
+
+def _replicated_input(
+    mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x, *others = (*args, *options.values()) if args else (options.get("x"), *options.values())
+    if any(other is not None and other is not x for other in others):
+        raise ValueError(
+            "GatedKalmaNet: expected x alone for a tensor-parallel layer, which has no cache, cu_seqlens or "
+            "state_indices, got more"
+        )
+    if isinstance(x, DTensor):
+        return (x.redistribute(placements=[Replicate()]),), {}
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"GatedKalmaNet: expected x to be a torch.Tensor, got {type(x).__name__}")
+    return (DTensor.from_local(x, mesh, [Replicate()], run_check=False),), {}
+
+
+def _check_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
+    if not isinstance(layer, GatedKalmaNet):
+        raise TypeError(
+            f"tensor_parallel_plan: expected a GatedKalmaNet to apply the plan to, got {type(layer).__name__}"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"tensor_parallel_plan: expected a mesh of one dimension, got {mesh.ndim}; pass the one that divides heads, "
+            'such as mesh["tp"]'
+        )
+    shared = layer.num_kv_heads == layer.num_v_heads == 1
+    heads = {"num_heads": layer.num_heads}
+    if not shared:
+        heads |= {"num_kv_heads": layer.num_kv_heads, "num_v_heads": layer.num_v_heads}
+    for name, count in heads.items():
+        if count % mesh.size() != 0:
+            raise ValueError(
+                f"tensor_parallel_plan: expected {name} to be a multiple of the mesh's {mesh.size()} ranks, got {count}; "
+                "use a smaller mesh, or num_kv_heads = 1, which every rank keeps"
+            )
+
+
+def tensor_parallel_plan(layer: GatedKalmaNet) -> dict[str, ParallelStyle]:
+    """The plan with which ``parallelize_module(layer, mesh, plan)`` divides the layer's heads among a mesh's ranks.
+
+    The projections of q, k, v, the gates and the ridge are column-wise, ``o_proj`` is row-wise, convolutions and the
+    decay gate go with their heads, and the output norm is on every rank. So a forward communicates once, the sum behind
+    ``o_proj``, and a backward once, the sum of the input's gradient. Where all query heads share one key and value
+    head, every rank keeps that one. Input and output are plain tensors, the same on every rank. Parameters become
+    DTensors of their global shapes, as ``torch.distributed.checkpoint`` wants them.
+
+    In the plan of a whole model, put the layer's name before each key (the key "" is the layer itself)::
+
+        plan = {f"layers.{i}.mixer.{name}".rstrip("."): style for name, style in tensor_parallel_plan(mixer).items()}
+
+    Raises (in ``parallelize_module``):
+        ValueError: the mesh has several dimensions, or a number of heads is no multiple of its ranks.
+        TypeError: the plan is applied to another module.
+    """
+    shared = layer.num_kv_heads == layer.num_v_heads == 1
+    plan: dict[str, ParallelStyle] = {"": _Layer(), "o_norm": _Placed(Replicate()), "o_proj": RowwiseParallel()}
+    for name, child in layer.named_children():
+        everywhere = shared and name[0] in "kv"
+        if isinstance(child, nn.Linear) and name != "o_proj":
+            plan[name] = _Placed(Replicate()) if everywhere else ColwiseParallel(use_local_output=False)
+        elif name.endswith("_conv1d"):
+            plan[name] = _Placed(Replicate() if everywhere else Shard(0))
+    return plan

@@ -181,6 +181,21 @@ def impossible() -> None:
     refused(lambda: run(one, k=Shard(2)), r"expected k .* to be Shard\(0\) \(batch\) or Replicate\(\), got Shard\(2\)")
 
 
+def optional_tensors_apart() -> None:
+    """Calls that differ by nothing but which of two like tensors is absent."""
+    mesh, run = init_device_mesh("cpu", (WORLD,)), partial(run_gka, num_iter=6)
+    for absent in ("alpha", "beta", "log_decay"):
+        p = problem("everything", gate=False).replace({absent: None})
+        upstream = {"output": cotangents(run(p))["output"]}
+        expected = evaluate(run, p, upstream)
+        own = distributed(p, mesh, ("heads",)).requiring_grad()
+        output = run(own)["output"]
+        output.backward(distribute_tensor(upstream["output"], mesh, [Shard(2)]))
+        for name in ("alpha", "beta", "log_decay"):
+            leaf = getattr(own, name)
+            assert leaf is None or norm_error(whole(leaf.grad), expected.gradients[name]) <= ROUNDING, (absent, name)
+
+
 def compiled() -> None:
     """A graph of DTensors, forward and backward, without a break."""
     p, run = problem("everything", ridge="constant"), partial(run_gka, num_iter=6)  # a tensor's minimum breaks graphs
@@ -202,7 +217,11 @@ def compiled() -> None:
         assert norm_error(got, expected.gradients[name]) <= ROUNDING, name
 
 
-CASES: dict[str, Callable[..., None]] = {"impossible": impossible, "compiled": compiled}
+CASES: dict[str, Callable[..., None]] = {
+    "impossible": impossible,
+    "optional tensors apart": optional_tensors_apart,
+    "compiled": compiled,
+}
 for _op in RUNS:
     for _options in OPTIONS:
         for _kind in ("replicate", "batch", "heads"):
