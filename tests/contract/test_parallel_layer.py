@@ -140,7 +140,9 @@ def fsdp_of_tensor_parallel() -> None:
             assert norm_error(whole(p.grad), expected[name]) <= ROUNDING, name
 
 
-CASES: dict[str, Callable[[], None]] = {f"tensor parallel, {kind}": partial(tensor_parallel, kind) for kind in DIVISIBLE}
+CASES: dict[str, Callable[[], None]] = {
+    f"tensor parallel, {kind}": partial(tensor_parallel, kind) for kind in DIVISIBLE
+}
 CASES |= {
     "tensor parallel, compiled": partial(tensor_parallel, "grouped", compiled=True),
     "tensor parallel, refused": tensor_parallel_refuses,

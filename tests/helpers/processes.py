@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo group."""
+"""Runs functions in several processes that form a group."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _main(rank: int, world: int, port: int, functions: list[Callable[..., None]], queue: Any) -> None:
+def _main(rank: int, world: int, port: int, backend: str, functions: list[Callable[..., None]], queue: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
         for function in functions:
             try:
@@ -30,8 +32,10 @@ def _main(rank: int, world: int, port: int, functions: list[Callable[..., None]]
         dist.destroy_process_group()
 
 
-def run_together(world: int, functions: list[Callable[..., None]]) -> list[str | None]:
+def run_together(world: int, functions: list[Callable[..., None]], backend: str = "gloo") -> list[str | None]:
     """Runs ``functions`` one after the other in each of ``world`` processes; returns what went wrong in each, if any.
+
+    With ``backend="nccl"`` every process has a card of its own.
 
     Functions must be importable: they are pickled. One that raises must raise on every rank, or before it communicates.
     """
@@ -40,5 +44,5 @@ def run_together(world: int, functions: list[Callable[..., None]]) -> list[str |
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    mp.spawn(_main, (world, port, functions, queue), nprocs=world)
+    mp.spawn(_main, (world, port, backend, functions, queue), nprocs=world)
     return [queue.get() for _ in functions]
