@@ -58,7 +58,8 @@ _DIMS: dict[str, dict[str, int]] = {
     **dict.fromkeys(("q", "k", "v", "log_decay", "alpha", "beta", "x", "x_scale", "x_query", "fro", "output"), _TOKENS),
     **dict.fromkeys(("A_log", "dt_bias"), _PER_HEAD),
     **dict.fromkeys(("initial_kk", "initial_kv", "final_kk", "final_kv", "kk", "kv"), _STATES),
-    **dict.fromkeys(("boundary_kk", "boundary_kv"), {"batch": 0, "heads": 0}),  # ranks' own: the first will do
+    "boundary_kk": {"batch": 0, "heads": 0},  # ranks' own: the first will do
+    "boundary_kv": {"batch": 0, "heads": 0},
     "cu_seqlens": {},
     "state_indices": {},
 }
@@ -191,7 +192,7 @@ class _Call:
             return _input_of(name) in self.specs
         if name in ("final_kk", "final_kv"):
             return bool(self.values["output_final_state"])
-        if name in ("output", "x", "fro") and self.op != "chunk_gka" or name == "output":
+        if name == "output" or self.op != "chunk_gka":
             return True
         saves, solves = bool(self.values["save_x"]), self.values["num_iter"] > 0
         q = self.specs["q"].tensor_meta
@@ -330,8 +331,8 @@ def _check_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
     for name, count in heads.items():
         if count % mesh.size() != 0:
             raise ValueError(
-                f"tensor_parallel_plan: expected {name} to be a multiple of the mesh's {mesh.size()} ranks, got {count}; "
-                "use a smaller mesh, or num_kv_heads = 1, which every rank keeps"
+                f"tensor_parallel_plan: expected {name} to be a multiple of the mesh's {mesh.size()} ranks, got "
+                f"{count}; use a smaller mesh, or num_kv_heads = 1, which every rank keeps"
             )
 
 

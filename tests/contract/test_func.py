@@ -1,4 +1,4 @@
-"""``torch.func`` over the layer and under ``torch.compile``: right, or an error; ``test_opcheck`` has the operators alone."""
+"""``torch.func`` over the layer and under ``torch.compile``: right, or an error. ``test_opcheck`` has the operators."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+import gka_ops
 from gka_ops.distributed import tensor_parallel_plan
 from gka_ops.nn import GatedKalmaNet
 from tests.helpers.layers import HIDDEN, KINDS, gradients, make_input, make_layer
 from tests.helpers.problems import norm_error
 from tests.helpers.processes import run_together
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 WORLD = 2
 ROUNDING = 1e-11
 """Sums over ranks in another order, in fp64, times the condition of the solve."""
@@ -67,11 +71,11 @@ def tensor_parallel_refuses() -> None:
     with pytest.raises(ValueError, match="expected num_v_heads to be a multiple of the mesh's 2 ranks, got 3"):
         parallelize_module(odd, mesh, tensor_parallel_plan(odd))
     layer = make_layer(num_heads=4)
+    plan, square = tensor_parallel_plan(layer), init_device_mesh("cpu", (1, WORLD))
     with pytest.raises(ValueError, match="expected a mesh of one dimension, got 2"):
-        plan = tensor_parallel_plan(layer)
-        plan[""]._apply(layer, init_device_mesh("cpu", (1, WORLD)))
+        plan[""]._apply(layer, square)
     with pytest.raises(TypeError, match="expected a GatedKalmaNet to apply the plan to, got Linear"):
-        tensor_parallel_plan(layer)[""]._apply(nn.Linear(2, 2), mesh)
+        plan[""]._apply(nn.Linear(2, 2), mesh)
     parallelize_module(layer, mesh, tensor_parallel_plan(layer))
     with pytest.raises(ValueError, match="expected x alone for a tensor-parallel layer"):
         layer(make_input(1, 5), None, torch.tensor([0, 5]))
@@ -140,12 +144,28 @@ def fsdp_of_tensor_parallel() -> None:
             assert norm_error(whole(p.grad), expected[name]) <= ROUNDING, name
 
 
+def documented() -> None:
+    """The page's examples, one after the other."""
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    q, k, v = (names[n].detach() for n in "qkv")
+    assert norm_error(whole(names["output"]).detach(), gka_ops.chunk_gka(q, k, v, qk_l2norm=True).output) <= 1e-5
+    torch.manual_seed(0)
+    layer = GatedKalmaNet(hidden_size=64, head_dim=16, num_heads=4, num_kv_heads=2)
+    assert norm_error(names["y"].detach(), layer(names["x"]).detach()) <= 1e-5
+    assert all(p.grad is not None for p in names["model"].parameters())
+
+
 CASES: dict[str, Callable[[], None]] = {
     f"tensor parallel, {kind}": partial(tensor_parallel, kind) for kind in DIVISIBLE
 }
 CASES |= {
     "tensor parallel, compiled": partial(tensor_parallel, "grouped", compiled=True),
     "tensor parallel, refused": tensor_parallel_refuses,
+    "tensor parallel, documented": documented,
     "FSDP2": fsdp,
     "FSDP2, compiled": partial(fsdp, compiled=True),
     "FSDP2 of tensor parallel": fsdp_of_tensor_parallel,

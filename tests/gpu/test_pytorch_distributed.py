@@ -115,7 +115,7 @@ def test_the_current_stream_is_that_of_the_tensors_card() -> None:
 @pytest.mark.supports("multi-device")
 def test_tensors_of_two_cards_are_refused() -> None:
     p = on("cuda:0")
-    with pytest.raises(ValueError, match="expected k on the device of q, cuda:0, got cuda:1|same device|on cuda:0"):
+    with pytest.raises(ValueError, match=r"expected k on the device of q, cuda:0, got cuda:1"):
         run(p.replace({"k": p.k.to("cuda:1")}))
 
 
@@ -284,7 +284,7 @@ def test_a_pool_beyond_int32() -> None:
 @pytest.mark.supports("more than 2^31 elements")
 def test_more_sequences_than_a_grid_holds_are_refused() -> None:
     q = torch.randn(70_000, 1, 1, 16, device="cuda", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="expected at most 65535 sequences × heads .* got 70000 × 1; split the batch"):
+    with pytest.raises(ValueError, match=r"expected at most 65535 sequences × heads .* got 70000 × 1; split the batch"):
         gka_ops.chunk_gka(q, q, q, impl="triton")
 
 
