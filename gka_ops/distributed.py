@@ -1,8 +1,7 @@
 """Operators on ``DTensor``, sharded over batch and heads, and a tensor-parallel plan for :class:`GatedKalmaNet`.
 
 Importing this module tells PyTorch how to shard the ``torch.ops.gka`` operators (``register_sharding``); ``import
-gka_ops`` does not, because ``torch.distributed.tensor`` takes longer to import than all the rest. See
-``docs/distributed.md``.
+gka_ops`` does not, because ``torch.distributed.tensor`` takes far longer to import. See ``docs/distributed.md``.
 
 NOTE [Shardings]
   Sequences and heads are independent, so a rank runs the operator on its own of them and nothing is communicated; what

@@ -196,6 +196,21 @@ def optional_tensors_apart() -> None:
             assert leaf is None or norm_error(whole(leaf.grad), expected.gradients[name]) <= ROUNDING, (absent, name)
 
 
+def modifiers() -> None:
+    """Of numbers alone; with indices or tensors of its own, a modifier raises."""
+    p = problem("plain")
+    mesh = init_device_mesh("cpu", (WORLD,))
+    own, bias = distributed(p, mesh, ("heads",)), torch.full((4,), 0.1)
+
+    def run(p: Problem, **mods: Any) -> Tensor:
+        return gka_ops.chunk_gka(p.q, p.k, p.v, num_iter=6, **mods).output
+
+    mods = {"ridge_mod": lambda fro, b, h, t: 0.1 * fro + 0.2, "query_mod": lambda q, b, h, t: torch.sin(q)}
+    assert norm_error(whole(run(own, **mods)), run(p, **mods)) <= ROUNDING
+    refused(lambda: run(own, ridge_mod=lambda fro, b, h, t: bias[h] * fro), "mixed torch.Tensor and DTensor")
+    refused(lambda: run(own, query_mod=lambda q, b, h, t: q * bias[h]), "mixed torch.Tensor and DTensor")
+
+
 def compiled() -> None:
     """A graph of DTensors, forward and backward, without a break."""
     p, run = problem("everything", ridge="constant"), partial(run_gka, num_iter=6)  # a tensor's minimum breaks graphs
@@ -220,6 +235,7 @@ def compiled() -> None:
 CASES: dict[str, Callable[..., None]] = {
     "impossible": impossible,
     "optional tensors apart": optional_tensors_apart,
+    "modifiers": modifiers,
     "compiled": compiled,
 }
 for _op in RUNS:
