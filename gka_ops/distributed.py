@@ -320,8 +320,8 @@ def _check_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
         )
     if mesh.ndim != 1:
         raise ValueError(
-                f"tensor_parallel_plan: expected {name} to be a multiple of the mesh's {mesh.size()} ranks, "
-                f"got {count}; use a smaller mesh, or num_kv_heads = 1, which every rank keeps"
+            f"tensor_parallel_plan: expected a mesh of one dimension, got {mesh.ndim}; pass the one that divides "
+            'heads, such as mesh["tp"]'
         )
     shared = layer.num_kv_heads == layer.num_v_heads == 1
     heads = {"num_heads": layer.num_heads}
