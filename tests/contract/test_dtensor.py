@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +42,13 @@ RUNS: dict[str, Callable[..., Outputs]] = {"chunk_gka": run_gka, "chunk_solve": 
 
 ROUNDING = 1e-12
 """The same sums on fewer rows: what a CPU's matrix products may round otherwise, times the condition of the solve."""
+
+
+FP32 = 1e-5
+"""Likewise in fp32: sums over the batch in another order."""
+
+FP16 = torch.finfo(torch.float16).eps
+"""What differs by FP32, rounded."""
 
 
 def problem(options: str, **changes: Any) -> Problem:
@@ -196,6 +204,27 @@ def optional_tensors_apart() -> None:
             assert leaf is None or norm_error(whole(leaf.grad), expected.gradients[name]) <= ROUNDING, (absent, name)
 
 
+def sixteen_bits(impl: str, kind: str) -> None:
+    """With every residual: x̂ and its scales, and the kernels' states at slab starts (under Triton's interpreter)."""
+    p = make_problem(
+        B=2, T=20, H=2, D=16, V=16, gate=True, state=True, ridge="head", qk_l2norm=True, dtype=torch.float16
+    )
+    run = partial(run_gka, num_iter=3, impl=impl)
+    upstream = cotangents(run(p))
+    expected = evaluate(run, p, upstream)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    own = distributed(p, mesh, (kind,)).requiring_grad()
+    leaves, outputs = own.leaves(), run(own)
+    placed = [distribute_tensor(upstream[n], mesh, t.placements) for n, t in outputs.items()]  # type: ignore[attr-defined]
+    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), placed, materialize_grads=True)
+    for name, t in outputs.items():
+        assert norm_error(whole(t).detach(), expected.outputs[name]) <= FP32, name
+    for name, gradient in zip(leaves, found, strict=True):
+        got = whole(gradient)
+        got = (got + got.mT) / 2 if name == "initial_kk" else got
+        assert norm_error(got, expected.gradients[name]) <= (FP32 if got.dtype == torch.float32 else FP16), name
+
+
 def modifiers() -> None:
     """Of numbers alone; with indices or tensors of its own, a modifier raises."""
     p = problem("plain")
@@ -248,6 +277,9 @@ for _op in RUNS:
     CASES[f"{_op}, only q is divided"] = partial(like_one_process, _op, "everything", (WORLD,), ("heads",), ("q",))
     CASES[f"{_op}, only a gate is"] = partial(like_one_process, _op, "everything", (WORLD,), ("heads",), ("A_log",))
     CASES[f"{_op}, upstream elsewhere"] = partial(upstream_elsewhere, _op)
+for _impl in ("reference", "triton"):
+    for _kind in ("batch", "heads"):
+        CASES[f"16 bits, {_impl}, {_kind}"] = partial(sixteen_bits, _impl, _kind)
 for _kinds, _mesh in ((("heads",), (WORLD,)), (("batch",), (WORLD,)), (("batch", "heads"), (1, WORLD))):
     CASES[f"decode, {' and '.join(_kinds)}"] = partial(decode, _kinds, _mesh)
 
@@ -261,4 +293,6 @@ def failures() -> dict[str, str | None]:
 @pytest.mark.supports("DTensor")
 @pytest.mark.parametrize("case", CASES)
 def test_in_two_processes(failures: dict[str, str | None], case: str) -> None:
+    if "triton" in case and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter, which tests/conftest.py sets where there is no card")
     assert failures[case] is None, failures[case]
