@@ -184,7 +184,7 @@ def _chunk_gka_fake(
     x_query = torch.empty_like(x_scale)
     fro = q.new_empty(B, T, H, dtype=dtype) if saves else _empty(q)
     boundary_kk, boundary_kv = _empty(q), _empty(q)
-    if save_x and _runs_triton(q, impl):
+    if save_x and runs_triton(q.device.type, q.dtype, D, impl):
         from gka_ops.triton.slabs import slab_count  # does not import Triton
 
         slabs = slab_count(B, T, H, None if cu_seqlens is None else N, solve=num_iter > 0)
@@ -218,13 +218,13 @@ def _recurrent_gka_fake(
 
 
 # --------------------------------------------------------------------------------------------------------- dispatch
-def _runs_triton(q: Tensor, impl: str) -> bool:
+def runs_triton(device_type: str, dtype: torch.dtype, head_dim: int, impl: str) -> bool:
     """``impl="auto"`` is Triton on CUDA where the kernels support the dtype and head sizes, the reference elsewhere."""
     from gka_ops.triton import checks  # does not import Triton
 
     impl = kernel_options.bare(impl)
     if impl == "auto":
-        return q.device.type == "cuda" and checks.unsupported_reason(q.dtype, q.shape[-1]) is None
+        return device_type == "cuda" and checks.unsupported_reason(dtype, head_dim) is None
     return impl == "triton"
 
 

@@ -76,7 +76,7 @@ RULES = (
     Rule("gka_ops.hf*", ours=("gka_ops.hf.*", "gka_ops.nn", "gka_ops.nn.conv"), third_party=("torch", "transformers")),
     Rule(
         "gka_ops.distributed*",
-        ours=("gka_ops.api", "gka_ops.ops", "gka_ops.types", "gka_ops.validation", "gka_ops.distributed.*", NUMERICS),
+        ours=("gka_ops.nn", "gka_ops.ops"),
         third_party=TORCH,
     ),
     Rule(
