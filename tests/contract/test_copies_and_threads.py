@@ -134,7 +134,7 @@ def test_named_tuples_are_copied(value: tuple[object, ...]) -> None:
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.supports("several threads")
+@pytest.mark.supports("multi-stream and multi-thread")
 @pytest.mark.parametrize("layer", [False, True], ids=["chunk_gka", "layer"])
 def test_threads_at_once(layer: bool) -> None:
     """Each has inputs of its own, some of shapes that others have too, and gets its own results."""
