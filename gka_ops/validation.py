@@ -66,7 +66,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def surely(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes, that of an error, holds. Where only the run will know (sizes that depend on data,
     ``mark_unbacked``), the answer is no, and the graph that is being traced will check it."""
-    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+    if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
         return bool(condition)  # a tensor, where torch.jit traces
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # imports SymPy
 

@@ -129,7 +129,7 @@ def test_reduce_overhead(shape: str) -> None:
             assert norm_error(actual, expected) <= 2 * torch.finfo(torch.bfloat16).eps
     assert counters["inductor"]["cudagraph_skips"] == 0
     manager = cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    assert manager is not None and manager.get_roots()
+    assert manager is not None and list(manager.get_roots())
 
 
 @pytest.mark.supports("no allocation or synchronisation in a call")
