@@ -234,3 +234,19 @@ def test_a_layer_trains_prefills_and_decodes_through_it(package: Package, monkey
     layer.zero_grad()
     layer(x).sum().backward()
     assert norm_error(gradient, layer.q_conv1d.weight.grad) < 1e-4
+
+
+def test_a_compiled_packing_searches_whole_tensors() -> None:
+    """PyTorch 2.11's Inductor searches from the start of the tensor that a part belongs to, on a card, silently."""
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        searches = [node for node in graph.graph.nodes if node.target is torch.searchsorted]
+        found.extend(node.args[0].meta["example_value"].storage_offset() for node in searches)
+        return graph.forward
+
+    cu_seqlens = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
+    packing = torch.compile(Packing.of, backend=backend, fullgraph=True)(cu_seqlens, 9)
+    assert found == [0]
+    assert packing.sequence.tolist() == [0] * 5 + [2] * 4
+    assert packing.position.tolist() == [*range(5), *range(4)]
