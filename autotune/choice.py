@@ -8,12 +8,15 @@ before those that are shipped. Files are read once a process, and a choice is ma
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -205,10 +208,12 @@ def override(kernel: str, **parameters: int | None) -> Iterator[None]:
         raise ValueError(f"expected a kernel among {', '.join(space.KERNELS)}, got {kernel!r}")
     if reason := space.outside(kernel, parameters, some=True):
         raise ValueError(f"{kernel}: {reason}")
-    with forcing(((kernel, tuple(sorted(parameters.items()))),)):
+    try:
+        with forcing(((kernel, tuple(sorted(parameters.items()))),)):
+            _tell_backward()
+            yield
+    finally:
         _tell_backward()
-        yield
-    _tell_backward()
 
 
 @contextlib.contextmanager
@@ -228,7 +233,33 @@ def forcing(overrides: Overrides) -> Iterator[None]:
 
 def _tell_backward() -> None:
     """Autograd's threads know nothing of this thread's context, but PyTorch hands them what is kept here."""
-    torch._C._stash_obj_in_tls(_IN_BACKWARD, _overrides.get())
+    _stash(_IN_BACKWARD, _overrides.get())
+
+
+def _stash(key: str, value: object) -> None:
+    """Keeps ``value`` for this thread, and for autograd's that work for it.
+
+    PyTorch 2.11 keeps it without counting the reference and yet gives one back later, for an object that is then freed
+    while it is in use. There, one is counted here.
+    """
+    if _stash_steals():
+        _count(value)
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def _count(value: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+@cache
+def _stash_steals() -> bool:
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("gka_ops_probe", probe)
+    steals = sys.getrefcount(probe) == before
+    if steals:
+        _count(probe)
+    return steals
 
 
 def _active() -> Overrides:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -295,6 +296,24 @@ def test_threads_of_autograd_are_told() -> None:
     with autotune.override("readout", num_warps=8):
         y.backward()
     assert seen == [forced]
+
+
+def test_references_are_counted() -> None:
+    """PyTorch 2.11 gives references back that it never took: what is forced would be freed while it is in use."""
+    value = (object(),)
+    before = sys.getrefcount(value)
+    for _ in range(5):
+        choice._stash("gka_ops_test", value)
+        assert sys.getrefcount(value) > before
+        torch._C._get_obj_in_tls("gka_ops_test")
+    choice._stash("gka_ops_test", None)
+    assert sys.getrefcount(value) == before
+
+
+def test_an_override_ends_with_an_error() -> None:
+    with pytest.raises(KeyError), autotune.override("readout", num_warps=8):
+        raise KeyError
+    assert torch._C._get_obj_in_tls(choice._IN_BACKWARD) == () == choice.state()[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- replays
