@@ -123,11 +123,22 @@ PRESETS: dict[str, Preset] = {
             kalman_tokens=16384,
             tasks=(
                 TaskPreset(
-                    "mqar", (16, 64, 128, 256, 512), (64, 128, 256, 512), 0, 0, 8192, 65536, 1200, 3e-3, 100, 64
+                    "mqar", (16, 64, 128, 256, 512), (64, 128, 256, 512), 0, 0, 8192, 65536, 2400, 3e-3, 100, 64
                 ),
-                # With texts of 1024 tokens in turns, which have more facts a token: they start the learning.
+                # Shorter texts in turns with those of 4096 tokens, and few words: with 1024 tokens at least, 32 facts
+                # and 256 words no model had learnt anything by step 1200.
                 TaskPreset(
-                    "facts", (1024, 4096), (4096, 16384, 65536, 131072), 32, 256, 4096, 65536, 1200, 5e-3, 100, 16
+                    "facts",
+                    (320, 640, 1024, 4096),
+                    (4096, 16384, 65536, 131072),
+                    16,
+                    64,
+                    4096,
+                    65536,
+                    2400,
+                    3e-3,
+                    100,
+                    32,
                 ),
             ),
         ),
