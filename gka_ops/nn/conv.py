@@ -44,8 +44,8 @@ class Packing(NamedTuple):
         """From the boundaries ``cu_seqlens`` [N + 1] of sequences that fill ``num_tokens`` tokens."""
         starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
         tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        # In the whole of cu_seqlens: Inductor of PyTorch 2.11 takes the place of a part within its tensor for 0.
-        sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        # Not of `ends`: Inductor's searchsorted of a view reads from where its base begins (pytorch/pytorch#182343).
+        sequence = torch.searchsorted(ends - 1, tokens)
         return cls(starts, ends - starts, sequence, tokens - starts[sequence])
 
 

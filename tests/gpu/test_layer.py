@@ -149,3 +149,14 @@ def test_compiled_prefill_of_packed_sequences_fills_a_pool(T: int) -> None:
         results.append((run(x, cache, cu_seqlens, slots), run(x, cache, cu_seqlens, slots), *cache.buffers))
     for eager, compiled in zip(*results, strict=True):
         assert norm_error(compiled, eager) < CLOSE
+
+
+def test_compiled_packed_sequences_stay_apart() -> None:
+    """Without a cache, and with an empty sequence at the end: what PyTorch 2.11 would get wrong without an error."""
+    layer = make_layers()[0]
+    cu_seqlens = torch.tensor([0, 30, 35, 64, 64], dtype=torch.int32, device="cuda")
+    x = make_input(1, 64, 1)
+    expected = layer(x, cu_seqlens=cu_seqlens)
+    assert norm_error(torch.compile(layer, fullgraph=True)(x, cu_seqlens=cu_seqlens), expected) < CLOSE
+    for begin, end in ((0, 30), (30, 35), (35, 64)):
+        assert norm_error(layer(x[:, begin:end]), expected[:, begin:end]) < CLOSE
