@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -209,7 +209,7 @@ def override(kernel: str, **parameters: int | None) -> Iterator[None]:
     if reason := space.outside(kernel, parameters, some=True):
         raise ValueError(f"{kernel}: {reason}")
     try:
-        with forcing(((kernel, tuple(sorted(parameters.items()))),)):
+        with forcing({kernel: parameters}):
             _tell_backward()
             yield
     finally:
@@ -217,12 +217,12 @@ def override(kernel: str, **parameters: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forcing(overrides: Overrides) -> Iterator[None]:
-    """As :func:`override`, of parameters that are known to be allowed, but for no backward."""
+def forcing(options: Mapping[str, Mapping[str, int | None]]) -> Iterator[None]:
+    """As :func:`override`, of kernels' parameters that are known to be allowed, but for no backward."""
     global _overridden
     forced = {name: dict(given) for name, given in _active()}
-    for kernel, parameters in overrides:
-        forced[kernel] = forced.get(kernel, {}) | dict(parameters)
+    for kernel, parameters in options.items():
+        forced[kernel] = {**forced.get(kernel, {}), **parameters}
     _overridden = True
     token = _overrides.set(tuple(sorted((name, tuple(sorted(given.items()))) for name, given in forced.items())))
     try:

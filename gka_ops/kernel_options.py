@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from gka_ops import validation
-
-if TYPE_CHECKING:
-    from gka_ops.autotune.choice import Overrides
 
 KernelOptions: TypeAlias = Mapping[str, Mapping[str, int | None]]
 """Kernel → parameter → value, as ``gka-autotune show`` lists them: ``{"readout": {"num_warps": 8}}``."""
@@ -51,7 +48,7 @@ def forcing(op: str, impl: str) -> contextlib.AbstractContextManager[None]:
     """Launches in a block of it take the options behind ``impl``."""
     from gka_ops.autotune.choice import forcing
 
-    return forcing(_overrides(op, impl.partition(" ")[2]))
+    return forcing(_read(op, impl.partition(" ")[2]))
 
 
 def _check(op: str, options: Any) -> None:
@@ -74,7 +71,7 @@ def _check(op: str, options: Any) -> None:
 
 
 @functools.cache
-def _overrides(op: str, text: str) -> Overrides:
+def _read(op: str, text: str) -> KernelOptions:
     options: dict[str, dict[str, int | None]] = {}
     for said in text.split():
         place, _, value = said.partition("=")
@@ -83,4 +80,4 @@ def _overrides(op: str, text: str) -> Overrides:
             raise ValueError(f"{op}: expected kernel options such as readout.num_warps=8 behind impl, got {said!r}")
         options.setdefault(kernel, {})[name] = None if value == _NO_CAP else int(value)
     _check(op, options)
-    return tuple(sorted((kernel, tuple(sorted(given.items()))) for kernel, given in options.items()))
+    return options

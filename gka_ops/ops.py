@@ -53,9 +53,8 @@ NOTE [Beside the dispatcher] (docs/adr/0008)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from operator import or_
 from typing import Any
 
@@ -316,7 +315,7 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 _DispatchKey, _DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 _IMPLEMENTED = (_DispatchKey.CPU, _DispatchKey.CUDA)
 _AUTOCAST = (_DispatchKey.AutocastCPU, _DispatchKey.AutocastCUDA)
-_AUTOCAST_KEYS = functools.reduce(or_, map(_DispatchKeySet, _AUTOCAST))
+_AUTOCAST_KEYS = reduce(or_, map(_DispatchKeySet, _AUTOCAST))
 
 
 def _without_autocast() -> Any:

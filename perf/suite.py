@@ -73,9 +73,7 @@ def compile_ahead(chosen: Sequence[Case], progress: Progress) -> None:
     compiled = [c for c in chosen if c.provider in (GKA, VANILLA, "flex_attention", *FLASH_LINEAR) and c.op != "model"]
     compiled = [c for c in compiled if c.shape.T <= LONGEST_AHEAD and c.shape.B <= LARGEST_AHEAD]
     compiled = [*{_code(case): case for case in reversed(compiled)}.values()]  # the first of each, the shortest
-    compiled.sort(
-        key=lambda case: (case.provider not in FLASH_LINEAR, case.stage == "forward")
-    )  # what takes long first
+    compiled.sort(key=lambda case: (case.provider not in FLASH_LINEAR, case.stage == "forward"))  # what is slow first
     workers = min(AHEAD, len(compiled), os.cpu_count() or 1)
     if workers < 2:
         return

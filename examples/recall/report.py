@@ -22,7 +22,6 @@ matplotlib.use("Agg")
 
 Stored = dict[str, Any]
 
-SOLVERS = {"chebyshev": "Chebyshev", "cg": "naive CG", "kalman": "Kalman recursion"}
 METRICS = {"exact_match": "exact match", "token_f1": "token F1"}
 SIZES = {"mqar": "pairs", "facts": "tokens"}
 
@@ -66,6 +65,13 @@ def _eval_sizes(results: list[Stored], task: str) -> list[int]:
     return next(list(sizes["eval_sizes"]) for sizes in preset["tasks"] if sizes["name"] == task)
 
 
+def _counts(results: list[Stored]) -> list[tuple[str, int]]:
+    """(solver, iterations) of every evaluation by Chebyshev iteration; as trained, it is the model's own."""
+    preset = results[0]["preset"]
+    counts = sorted({*preset["iterations"], preset["num_iter"]})
+    return [("own" if count == preset["num_iter"] else "chebyshev", count) for count in counts]
+
+
 def variants_table(results: list[Stored], task: str, metric: str) -> Table:
     """Trained models, a row for each variant and precision."""
     sizes = _eval_sizes(results, task)
@@ -100,8 +106,7 @@ def solvers_table(results: list[Stored], task: str) -> Table:
     """The trained GKA model, solved in other ways: exact match."""
     sizes = _eval_sizes(results, task)
     trained = results[0]["preset"]["num_iter"]
-    counts = sorted({*results[0]["preset"]["iterations"], trained})
-    wanted = [("own" if count == trained else "chebyshev", count, f"Chebyshev, {count} iterations") for count in counts]
+    wanted = [(solver, count, f"Chebyshev, {count} iterations") for solver, count in _counts(results)]
     wanted += [("cg", trained, f"naive CG, {trained} iterations"), ("kalman", 0, "Kalman recursion, fixed ridge")]
     rows = []
     for solver, count, label in wanted:
@@ -190,16 +195,12 @@ def plot(results: list[Stored], out: Path) -> list[Path]:
         write(f"{task}.png", axes, f"{task}: recall of trained models", unit)
 
         axes = new()
-        trained = results[0]["preset"]["num_iter"]
-        counts = sorted({*results[0]["preset"]["iterations"], trained})
         for i, size in enumerate(sizes):
             for precision, style in zip(PRECISIONS, ("-", "--"), strict=True):
                 setting = {"variant": "gka", "size": size, "precision": precision}
-                points = [
-                    (n, exact(**setting, num_iter=n, solver="own" if n == trained else "chebyshev")) for n in counts
-                ]
+                points = [(n, exact(**setting, num_iter=n, solver=solver)) for solver, n in _counts(results)]
                 _line(axes, points, f"{size} {unit}, {precision}", color=f"C{i}", linestyle=style)
-        title = f"{task}: GKA, trained with {trained} iterations"
+        title = f"{task}: GKA, trained with {results[0]['preset']['num_iter']} iterations"
         write(f"{task}-iterations.png", axes, title, "Chebyshev iterations at evaluation")
 
         axes = new()

@@ -74,7 +74,7 @@ class _Launch(NamedTuple):
     start: Callable[..., Any]
     given: Callable[[list[Any]], tuple[Any, ...]]
     first_argument: int
-    name: str
+    function: Any
 
 
 def _starter(kernel: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -128,12 +128,12 @@ class _Plan:
             values.append(0)
         values += [values[place] + offset for place, offset in self.parts]
         if _hooked():
-            for kernel, grid, _, given, first, name in self.launches:
-                with _range(name):
+            for kernel, grid, _, given, first, function in self.launches:
+                with _range(function):
                     kernel[grid](*given(values)[first:], stream=stream)
         elif profiler._is_profiler_enabled:
-            for _, _, start, given, _, name in self.launches:
-                with _range(name):
+            for _, _, start, given, _, function in self.launches:
+                with _range(function):
                     start(*given(values))
         else:
             for _, _, start, given, _, _ in self.launches:
@@ -158,18 +158,16 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _range(name: str) -> contextlib.AbstractContextManager[object]:
-    """Says on the timeline of a profiler, or of NVTX, which stage of a call launches; nothing where nobody listens."""
-    return _RecordFunctionFast(name) if profiler._is_profiler_enabled else _NO_RANGE
+def _range(function: Any) -> contextlib.AbstractContextManager[object]:
+    """Says on the timeline of a profiler, or of NVTX, which stage of a call launches, by its kernel's name:
+    ``gka::chunk_state``. Nothing where nobody listens."""
+    if not profiler._is_profiler_enabled:
+        return _NO_RANGE
+    return _RecordFunctionFast(f"gka::{function.fn.__name__.removesuffix('_kernel')}")
 
 
 _NO_RANGE = contextlib.nullcontext()
 _RecordFunctionFast: Any = torch._C._profiler._RecordFunctionFast  # no operator, which a recorder would see
-
-
-def _stage(kernel: Any) -> str:
-    """The kernel's name as a range: ``gka::chunk_state``."""
-    return f"gka::{kernel.fn.__name__.removesuffix('_kernel')}"
 
 
 # ------------------------------------------------------------------------------------------------------------ record
@@ -238,7 +236,7 @@ class _Recorder(TorchDispatchMode):
     def launch(self, function: Any, grid: Grid, arguments: dict[str, Any]) -> None:
         if not isinstance(function, JITFunction):  # interpreted
             self.give_up()
-            with _range(_stage(function)):
+            with _range(function):
                 function[grid](**arguments)
             return
         kernel = function.warmup(grid=grid, **arguments)
@@ -254,7 +252,7 @@ class _Recorder(TorchDispatchMode):
             self.steps[i] = step._replace(kernel=kernel)
             self.launched = i + 1
             if kernel is not None:  # a compilation hook may have refused it
-                with _range(_stage(step.function)):
+                with _range(step.function):
                     kernel[step.grid](*step.arguments)
         if not self.replayable:
             self.give_up()
@@ -314,7 +312,7 @@ class _Recorder(TorchDispatchMode):
             if None in places:
                 return None
             given = itemgetter(*leading, *places)
-            launches.append(_Launch(step.kernel, step.grid, start, given, len(leading), _stage(step.function)))
+            launches.append(_Launch(step.kernel, step.grid, start, given, len(leading), step.function))
         order = {id(output): i for i, output in enumerate((*outputs.values(), *empty))}
         with torch.inference_mode(False):  # as autograd may want to save them
             copied = [output.new_empty(output.shape) for output in empty]
@@ -377,7 +375,7 @@ def launch(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
     """``kernel[grid](**arguments)``, recorded where a call is being recorded."""
     recorder = _recorder.get()
     if recorder is None:
-        with _range(_stage(kernel)):
+        with _range(kernel):
             kernel[grid](**arguments)
     else:
         recorder.launch(kernel, grid, arguments)
